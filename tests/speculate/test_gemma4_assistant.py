@@ -25,6 +25,7 @@ from tests import tiny
 
 N_TOKENS = 131
 K = 6
+TOLERANCE = 1e-4  # of the spread
 KINDS = (tiny.S, tiny.F)
 
 
@@ -104,7 +105,8 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
         memory_layers(config), max_sequences=1, max_tokens=256, max_rows=160, dtype=torch.float32
     )
     memory.open("s")
-    tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS + 1,)).tolist()
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS + 1,), generator=generator).tolist()
     memory.reserve("s", N_TOKENS)
     attend = memory.bind([Span("s", 0, N_TOKENS)], ops)
     hidden = target.forward(torch.tensor(tokens[:-1]), torch.arange(N_TOKENS), attend)
@@ -130,7 +132,7 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
         carried = hidden[-1:] if normed is None else model.carry(normed)
         normed = model.step(target.embed(newest), carried, torch.tensor([N_TOKENS]), keys)
         logits = model.logits(normed)
-        steps.append((int(newest), logits[0]))
+        steps.append((int(newest), carried[0].double(), logits[0]))
         return logits
 
     draft = draft_chain([view], K, step)
@@ -144,18 +146,22 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
             pool[table.pages].permute(0, 2, 1, 3).flatten(0, 1)[rows].double()
             for pool in (store.k_PGSD, store.v_PGSD)
         )
-    state = hidden[-1].double()
     scale = raw["hidden_size"] ** 0.5
-    for newest, logits in steps:
+    assert torch.equal(steps[0][1], hidden[-1].double())
+    previous = None
+    for newest, carried, logits in steps:
+        if previous is not None:
+            assert (carried - previous).abs().max() <= TOLERANCE * previous.abs().max()
+        # Each step from the state that was really carried: a random recurrence amplifies rounding.
         embedded = target_weights["embed_tokens.weight"][newest].double() * scale
-        y, state = restated_step(
-            weights, embedded, state, N_TOKENS, kv, raw_assistant["text_config"]["layer_types"]
+        y, previous = restated_step(
+            weights, embedded, carried, N_TOKENS, kv, raw_assistant["text_config"]["layer_types"]
         )
         want = restated_logits(weights, y, raw_assistant)
         assert torch.equal(torch.isinf(want), torch.isinf(logits))
         seen = ~torch.isinf(want)
         spread = want[seen].max() - want[seen].min()
-        assert (want[seen] - logits[seen].double()).abs().max() <= 2e-5 * spread
+        assert (want[seen] - logits[seen].double()).abs().max() <= TOLERANCE * spread
     assert drafter.needs.final_hidden and set(drafter.needs.kv_groups) == set(KINDS)
     assert draft.tokens_BK.shape == (1, K) and draft.lengths == [K] and draft.probs == [None]
 

@@ -17,7 +17,7 @@ from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
-from outdraft.errors import PromptError
+from outdraft.errors import OutdraftError, PromptError
 from outdraft.models.registry import load_target
 from outdraft.request import FinishReason, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
@@ -106,6 +106,19 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         for sequence_id in [*self.scheduler.running, *(s.id for s in self.scheduler.waiting)]:
             self.abort(sequence_id)
+
+    def set_draft_n_max(self, k: int) -> None:
+        """Draft at most k tokens from the next step on; 0 decodes plainly.
+
+        Raises:
+            OutdraftError: there is no drafter, or k is more than memory was planned for.
+        """
+        if not 0 <= k <= self.pairing.n_draft_max:
+            raise OutdraftError(
+                f"draft length {k} is not possible here",
+                f"use 0 to {self.pairing.n_draft_max} ({self.pairing.reason})",
+            )
+        self.scheduler.n_draft_max = k
 
     def encode(self, prompt: str | Seq[int]) -> tuple[int, ...]:
         """Token ids of a prompt: text gets `<bos>`, ids are taken as they are."""

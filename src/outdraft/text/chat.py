@@ -37,7 +37,7 @@ class ChatTemplate:
         """Raises ModelError when `source` is not a valid template."""
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # Jinja evaluates constants here, which can fail in any way
             raise ModelError(
                 f"the chat template is not valid: {error}", "download the model's files again"
             ) from error
@@ -63,9 +63,8 @@ class ChatTemplate:
             source = _default_template(config.get("chat_template"))
         if source is None:
             return None
-        tokens = {name: token_text(value) for name, value in config.items()}
-        special = {k: text for k, text in tokens.items() if k.endswith("_token") and text}
-        return cls(source, special)
+        tokens = {name: token_text(config[name]) for name in config if name.endswith("_token")}
+        return cls(source, {name: text for name, text in tokens.items() if text is not None})
 
     def render(
         self,
