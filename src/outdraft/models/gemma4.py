@@ -151,7 +151,8 @@ class Gemma4:
         """`weights`: canonical name -> tensor, as `expected_tensors` lists them."""
         self.config = config
         self.ops = ops
-        rest = dict(weights)
+        # Norm weights multiply in fp32: converted once instead of in every call.
+        rest = {n: w.float() if n.endswith("norm.weight") else w for n, w in weights.items()}
         self.layers = [Layer.build(rest, f"layers.{i}.") for i in range(config.n_layers)]
         self.embedding = rest["embed_tokens.weight"]
         self.head = rest.get("lm_head.weight", self.embedding)

@@ -118,17 +118,19 @@ class Gemma4Assistant:
         """The hidden state [T, K] that the next step of the round reads."""
         return self.ops.linear(normed_Th, self.post_projection)
 
-    def logits(self, normed_Th: Tensor) -> Tensor:
-        """fp32 scores [T, V], without a soft-cap; `-inf` where the centroid head did not look."""
+    def logits(self, normed_Th: Tensor, n_rows: int | None = None) -> Tensor:
+        """fp32 scores [n_rows, V] of the first rows (all when None), without a soft-cap.
+
+        `-inf` where the centroid head did not look.
+        """
+        n_rows = normed_Th.shape[0] if n_rows is None else n_rows
         if self.ordering_CN is None:
-            return self.text.logits(normed_Th)
+            return self.text.logits(normed_Th)[:n_rows]
         assert self.centroids is not None
-        scores_TC = self.ops.linear(normed_Th, self.centroids).float()
+        scores_TC = self.ops.linear(normed_Th, self.centroids)[:n_rows].float()
         best = scores_TC.topk(self.config.centroid_top_k, dim=-1).indices
         ids_TN = self.ordering_CN[best].flatten(1)
-        logits = torch.full(
-            (normed_Th.shape[0], self.config.text.vocab_size), float("-inf"), dtype=torch.float32
-        )
+        logits = torch.full((n_rows, self.config.text.vocab_size), float("-inf"))
         for row, ids in enumerate(ids_TN):  # each row has rows of the head of its own
             scores = self.ops.linear(normed_Th[row : row + 1], self.text.head[ids])
             logits[row, ids] = scores[0].float()

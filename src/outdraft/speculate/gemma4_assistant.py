@@ -13,6 +13,7 @@ from torch import Tensor
 from outdraft.cache.memory import Memory
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import Ops, PagedRows
+from outdraft.ops.reference import TILE_ROWS, pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 
@@ -44,15 +45,17 @@ class Gemma4AssistantDrafter:
         """See `Drafter.propose`."""
         sequences = view.sequences
         kv = TargetKeys(view.memory, sequences, self._layers(), self.model.ops)
-        positions_B = torch.tensor([sequence.n - 1 for sequence in sequences])
-        hidden_BH = torch.stack([_hidden(sequence) for sequence in sequences])
-        normed_Bh: Tensor | None = None
+        # T: one row a sequence, padded once here so that no operation has to.
+        positions_T = pad_rows(torch.tensor([s.n - 1 for s in sequences]), TILE_ROWS)
+        hidden_TH = pad_rows(torch.stack([_hidden(s) for s in sequences]), TILE_ROWS)
+        normed_Th: Tensor | None = None
 
         def step(newest_B: Tensor) -> Tensor:
-            nonlocal normed_Bh
-            carried_BH = hidden_BH if normed_Bh is None else self.model.carry(normed_Bh)
-            normed_Bh = self.model.step(view.embed(newest_B), carried_BH, positions_B, kv)
-            return self.model.logits(normed_Bh)
+            nonlocal normed_Th
+            carried_TH = hidden_TH if normed_Th is None else self.model.carry(normed_Th)
+            embedded_TH = view.embed(pad_rows(newest_B, TILE_ROWS))
+            normed_Th = self.model.step(embedded_TH, carried_TH, positions_T, kv)
+            return self.model.logits(normed_Th, len(sequences))
 
         return draft_chain(sequences, k, step, sample_drafts=self.sample_drafts)
 
@@ -79,15 +82,14 @@ class TargetKeys:
     def __call__(
         self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
     ) -> Tensor:
-        """See `Attend`; row b belongs to sequence b."""
+        """See `Attend`; row b belongs to sequence b, rows beyond them (padding) get zeros."""
         assert k_TGD is None and v_TGD is None
         store = self.layers[layer]
-        return torch.cat(
-            [
-                self.ops.attention(q_THD[b : b + 1], store.k_PGSD, store.v_PGSD, rows, 1.0)
-                for b, rows in enumerate(self.rows[layer])
-            ]
-        )
+        parts = [
+            self.ops.attention(q_THD[b : b + 1], store.k_PGSD, store.v_PGSD, rows, 1.0)
+            for b, rows in enumerate(self.rows[layer])
+        ]
+        return pad_rows(torch.cat(parts), q_THD.shape[0])
 
 
 def _visible(memory: Memory, group: str, sequences: Sequence[SequenceView]) -> list[PagedRows]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from outdraft.errors import WeightsError
+from outdraft.errors import ModelError, WeightsError
 from outdraft.weights.config import CONFIG_NAME, read_json
 from outdraft.weights.header import DOWNLOAD_AGAIN, TensorSpec, read_header
 
@@ -139,7 +139,10 @@ def _shard_path(directory: Path, file: str) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to file name. Anything but a plain file name could point out of the directory."""
-    weight_map = read_json(path, "the shard index").get("weight_map")
+    try:
+        weight_map = read_json(path, "the shard index").get("weight_map")
+    except ModelError as error:
+        raise WeightsError(error.message, error.hint) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f'{path} has no "weight_map"', DOWNLOAD_AGAIN)
     for name, file in weight_map.items():

@@ -11,7 +11,6 @@ from typing import Any
 from outdraft.errors import ModelError
 
 CONFIG_NAME = "config.json"
-MAX_JSON_BYTES = 256 * 1024 * 1024  # far above any tokenizer.json, far below the memory
 _MAX_SUGGESTIONS = 4
 
 
@@ -19,13 +18,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in `path`; `what` names the file's role in an error ("the model's config").
 
     Raises:
-        ModelError: unreadable, too large, not UTF-8, not JSON, or not an object.
+        ModelError: unreadable, not UTF-8, not JSON, or not an object.
     """
     hint = "the file may be damaged: download it again"
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ModelError(f"{what} {path} has {size} bytes, more than {MAX_JSON_BYTES}", hint)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{what} {path} does not exist", "check the name of the file") from None
@@ -35,8 +31,6 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ) from error
     except RecursionError:
         raise ModelError(f"{what} {path} is nested too deeply", hint) from None
-    except ModelError:
-        raise
     except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
         raise ModelError(f"{what} {path} is not valid JSON: {error}", hint) from error
     if not isinstance(value, dict):
