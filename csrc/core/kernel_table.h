@@ -1,0 +1,45 @@
+// The kernels of one instruction set, as a table of functions.
+#pragma once
+
+#include "core/args.h"
+#include "core/types.h"
+
+namespace outdraft {
+
+template <class Args>
+using Kernel = void (*)(const Args&, const Worker&);
+
+struct KernelTable {
+  Kernel<PrepareArgs> prepare;
+  Kernel<LinearArgs> linear;
+  Kernel<ExpertLinearArgs> expert_linear;
+  Kernel<AttentionArgs> attention;
+  Kernel<NormArgs> norm;
+  Kernel<HeadNormArgs> head_norm;
+  Kernel<GatedArgs> gated;
+  Kernel<EmbedArgs> embed;
+  Kernel<CopyRowsArgs> copy_rows;
+  Kernel<SoftcapArgs> softcap;
+  Kernel<ArgmaxArgs> argmax;
+  Kernel<TopArgs> top;
+  Kernel<GroupPairsArgs> group_pairs;
+  Kernel<CombineArgs> combine;
+  Kernel<ReadArgs> read_all;
+};
+
+namespace portable {
+const KernelTable& table();
+}
+#ifdef OUTDRAFT_X86
+namespace avx2 {
+const KernelTable& table();
+}
+namespace avx2_vnni {
+const KernelTable& table();
+}
+namespace avx512 {
+const KernelTable& table();
+}
+#endif
+
+}  // namespace outdraft

@@ -1,0 +1,4 @@
+#define OUTDRAFT_ISA avx2
+#include "simd/avx2.h"
+// The kernels use the lanes above.
+#include "kernels/table.h"

@@ -1,0 +1,35 @@
+// The kernel table of the instruction set that this translation unit is compiled for.
+#pragma once
+
+#include "core/kernel_table.h"
+#include "kernels/attention.h"
+#include "kernels/choose.h"
+#include "kernels/linear.h"
+#include "kernels/norms.h"
+#include "kernels/pointwise.h"
+#include "kernels/prepare.h"
+
+namespace outdraft::OUTDRAFT_ISA {
+
+const KernelTable& table() {
+  static constexpr KernelTable all = {
+      .prepare = prepare,
+      .linear = linear,
+      .expert_linear = expert_linear,
+      .attention = attention,
+      .norm = norm,
+      .head_norm = head_norm,
+      .gated = gated,
+      .embed = embed,
+      .copy_rows = copy_rows,
+      .softcap = softcap,
+      .argmax = argmax,
+      .top = top,
+      .group_pairs = group_pairs,
+      .combine = combine,
+      .read_all = read_all,
+  };
+  return all;
+}
+
+}  // namespace outdraft::OUTDRAFT_ISA
