@@ -4,12 +4,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from outdraft.cache.attend import CausalAttend
 from outdraft.cache.memory import KVLayer, Memory, Span
 from outdraft.cache.pages import PagePool
 from outdraft.errors import CapacityError
-from outdraft.ops.base import PAGE_SLOTS
+from outdraft.ops.base import PAGE_SLOTS, Heads, Rotary
 from outdraft.ops.reference import ReferenceOps
+
+
+
+class RawOps(ReferenceOps):
+    """Stores keys and values as they come."""
+
+    def norm_rope(
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+    ) -> Tensor:
+        return x_THD
+
+
+def raw(x_TGD: Tensor) -> Heads:
+    return Heads(x_TGD, None, None, 0.0)
+
 
 FULL = KVLayer("full", 1, 8, None, 0)
 SLIDING = KVLayer("sliding", 1, 8, 70, 1)
@@ -52,19 +69,19 @@ def test_any_walk_sees_its_own_rows_and_leaves_nothing(walk: list[tuple[int, int
     m = memory()
     start = free_pages(m)
     m.open("a")
-    ops = ReferenceOps()
+    ops = RawOps()
     for n_rows, n_back in walk:
         n_rows = min(n_rows, 400 - m.lengths["a"])
         if n_rows == 0:
             break
         m.reserve("a", n_rows)
         at = m.lengths["a"]
-        bound = m.bind([Span("a", 0, n_rows)], ops)
+        bound = CausalAttend.bind(m, ops, [Span("a", 0, n_rows)])
         # Values carry their position; all keys are equal, so attention returns the mean of them.
         v = torch.arange(at, at + n_rows).float().view(-1, 1, 1).expand(-1, 1, 8)
         zeros = torch.zeros(n_rows, 1, 8)
         for layer, window in ((0, None), (1, 70)):
-            got = bound(layer, zeros, zeros, v)[:, 0, 0]
+            got = bound(layer, zeros, raw(zeros), raw(v))[:, 0, 0]
             for t in range(n_rows):
                 first = 0 if window is None else max(0, at + t - window + 1)
                 assert abs(float(got[t]) - (first + at + t) / 2) < 1e-2
@@ -92,17 +109,17 @@ def test_a_full_memory_refuses_and_others_go_on() -> None:
 
 def test_pages_are_clean_for_the_next_sequence() -> None:
     m = memory(max_sequences=1)
-    ops = ReferenceOps()
+    ops = RawOps()
     bad = torch.full((3, 1, 8), float("inf"))
     m.open("a")
     m.reserve("a", 3)
-    m.bind([Span("a", 0, 3)], ops)(0, torch.ones(3, 1, 8), bad, bad)
+    CausalAttend.bind(m, ops, [Span("a", 0, 3)])(0, torch.ones(3, 1, 8), raw(bad), raw(bad))
     m.advance("a", 3)
     m.close("a")
     m.open("b")
     m.reserve("b", 2)
     good = torch.ones(2, 1, 8)
-    out = m.bind([Span("b", 0, 2)], ops)(0, good, good, good)
+    out = CausalAttend.bind(m, ops, [Span("b", 0, 2)])(0, good, raw(good), raw(good))
     assert torch.equal(out, good)
 
 

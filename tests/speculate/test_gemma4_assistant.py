@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outdraft.cache.attend import CausalAttend
 from outdraft.cache.memory import Memory, Span
 from outdraft.errors import PairingError
 from outdraft.models.gemma4 import Gemma4, memory_layers
@@ -20,7 +21,7 @@ from outdraft.ops.reference import ReferenceOps
 from outdraft.request import SamplingParams
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import SequenceView
-from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter, TargetKeys
+from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
 from tests import tiny
 
 N_TOKENS = 131
@@ -108,8 +109,9 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS + 1,), generator=generator).tolist()
     memory.reserve("s", N_TOKENS)
-    attend = memory.bind([Span("s", 0, N_TOKENS)], ops)
-    hidden = target.forward(torch.tensor(tokens[:-1]), torch.arange(N_TOKENS), attend)
+    attend = CausalAttend.bind(memory, ops, [Span("s", 0, N_TOKENS)])
+    prompt = torch.tensor(tokens[:-1], dtype=torch.int32)
+    hidden = target.forward(prompt, torch.arange(N_TOKENS, dtype=torch.int32), attend)
     memory.advance("s", N_TOKENS)
 
     raw_assistant = tiny.assistant_config(raw, ordered=ordered)
@@ -120,9 +122,7 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
     drafter = Gemma4AssistantDrafter(model, kv_layers)
     view = SequenceView("s", tokens, SamplingParams(), 0, hidden[-1])
-    keys = TargetKeys(
-        memory, [view], [(kind, kv_layers[kind]) for kind in assistant.text.layer_types], ops
-    )
+    keys = drafter._attend(memory, [view])
     steps = []
 
     normed = None
@@ -130,7 +130,8 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     def step(newest: Tensor) -> Tensor:
         nonlocal normed
         carried = hidden[-1:] if normed is None else model.carry(normed)
-        normed = model.step(target.embed(newest), carried, torch.tensor([N_TOKENS]), keys)
+        at = torch.tensor([N_TOKENS], dtype=torch.int32)
+        normed = model.step(target.embed(newest.int()), carried, at, keys)
         logits = model.logits(normed)
         steps.append((int(newest), carried[0].double(), logits[0]))
         return logits

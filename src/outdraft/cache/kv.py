@@ -1,42 +1,35 @@
 """Keys and values of one layer, in pages.
 
-Shapes: P pages, G key/value heads, S slots in a page, D head dimension, T rows.
+Shapes: P pages, G key/value heads, S slots in a page, D head dimension.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
-from outdraft.ops.base import PAGE_SLOTS
+from outdraft.ops.base import PAGE_SLOTS, KvPages
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPages:
-    """Storage of one layer's keys and values, zero where nothing was written."""
+def empty_pages(n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KvPages:
+    """Pages of zeros; int8 ones with scales, fp32 [P, G, S]."""
+    shape = (n_pages, n_kv_heads, PAGE_SLOTS, head_dim)
+    k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    if dtype != torch.int8:
+        return KvPages(k, v)
+    return KvPages(k, v, torch.zeros(shape[:3]), torch.zeros(shape[:3]))
 
-    k_PGSD: Tensor
-    v_PGSD: Tensor
 
-    @classmethod
-    def empty(
-        cls, n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> "LayerPages":
-        """Pages of zeros."""
-        shape = (n_pages, n_kv_heads, PAGE_SLOTS, head_dim)
-        return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+def clear_pages(store: KvPages, pages: list[int]) -> None:
+    """Zero pages before another sequence gets them: a masked key still meets its value.
 
-    def write(self, pages_T: Tensor, slots_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Put row t's key and value into slot `slots_T[t]` of page `pages_T[t]`."""
-        self.k_PGSD[pages_T, :, slots_T] = k_TGD.to(self.k_PGSD.dtype)
-        self.v_PGSD[pages_T, :, slots_T] = v_TGD.to(self.v_PGSD.dtype)
+    The weight of an unseen key is an exact zero, and zero times an infinity that another request
+    left behind would not be.
+    """
+    index = torch.tensor(pages)
+    for part in (store.k_PGSD, store.v_PGSD, store.k_scales_PGS, store.v_scales_PGS):
+        if part is not None:
+            part[index] = 0
 
-    def clear(self, pages: list[int]) -> None:
-        """Zero pages before another sequence gets them: a masked key still meets its value.
 
-        The weight of an unseen key is an exact zero, and zero times an infinity that another
-        request left behind would not be.
-        """
-        index = torch.tensor(pages)
-        self.k_PGSD[index] = 0
-        self.v_PGSD[index] = 0
+def n_bytes(store: KvPages) -> int:
+    """Bytes of all pages of a layer."""
+    parts = (store.k_PGSD, store.v_PGSD, store.k_scales_PGS, store.v_scales_PGS)
+    return sum(p.numel() * p.element_size() for p in parts if p is not None)

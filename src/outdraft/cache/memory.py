@@ -4,7 +4,7 @@ A sequence's rows are written at its positions, then counted by `advance` and ta
 `rollback`; what lies above the length is never seen and is overwritten. Layers of one kind share a
 page table. Pages behind the window of sliding layers are freed. Not here: who runs when (engine/).
 
-Shapes: T rows, H query heads, G key/value heads, D head dimension.
+Not here either: attention over it (engine/attend.py). Shapes: T rows, B sequences, P pages.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from outdraft.cache.kv import LayerPages
+from outdraft.cache.kv import clear_pages, empty_pages, n_bytes
 from outdraft.cache.pages import PagePool
-from outdraft.ops.base import PAGE_SLOTS, Ops, PagedRows
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class _Group:
     def __init__(self, window: int | None, n_pages: int) -> None:
         self.window = window
         self.pool = PagePool(n_pages)
-        self.layers: dict[int, LayerPages] = {}
+        self.layers: dict[int, KvPages] = {}
         self.tables: dict[str, _Table] = {}
 
 
@@ -92,7 +92,7 @@ class Memory:
                 self.groups[layer.group] = _Group(layer.window, n_pages)
             group = self.groups[layer.group]
             if layer.source == index:
-                group.layers[index] = LayerPages.empty(
+                group.layers[index] = empty_pages(
                     group.pool.n_pages, layer.n_kv_heads, layer.head_dim, dtype
                 )
 
@@ -100,14 +100,13 @@ class Memory:
     def n_bytes(self) -> int:
         """Bytes of all pages."""
         stores = [store for group in self.groups.values() for store in group.layers.values()]
-        return sum(2 * store.k_PGSD.numel() * store.k_PGSD.element_size() for store in stores)
+        return sum(n_bytes(store) for store in stores)
 
     def bytes_per_token(self, group: str) -> int:
         """Bytes that one more position costs in the layers of a group."""
-        return sum(
-            2 * store.k_PGSD[0, :, 0].numel() * store.k_PGSD.element_size()
-            for store in self.groups[group].layers.values()
-        )
+        pages = self.groups[group].pool.n_pages
+        total = sum(n_bytes(store) for store in self.groups[group].layers.values())
+        return total // (pages * PAGE_SLOTS)
 
     def open(self, sequence: str) -> None:
         """Begin an empty sequence."""
@@ -135,7 +134,7 @@ class Memory:
             if missing > 0:
                 new = group.pool.allocate(missing)
                 for store in group.layers.values():
-                    store.clear(new)
+                    clear_pages(store, new)
                 table.pages += new
 
     def advance(self, sequence: str, n_rows: int) -> None:
@@ -160,71 +159,47 @@ class Memory:
                 del table.pages[:n_freed]
                 table.first_page += n_freed
 
-    def visible(self, group: str, sequence: str, lo: list[int], hi: list[int]) -> PagedRows:
-        """Rows that see key positions `lo[t] .. hi[t]`, with the pages that hold them."""
-        table = self.groups[group].tables[sequence]
-        first = min(lo) // PAGE_SLOTS
-        last = max(hi) // PAGE_SLOTS
-        pages = table.pages[first - table.first_page : last + 1 - table.first_page]
-        return PagedRows(pages, first, lo, hi)
-
-    def bind(self, spans: Sequence[Span], ops: Ops) -> "BoundMemory":
-        """Attention for one call of the model over these rows; `reserve` comes first."""
-        return BoundMemory(self, spans, ops)
-
-
-class BoundMemory:
-    """Writes the rows of one call into the memory and lets them attend, causally (an `Attend`).
-
-    A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence.
-    """
-
-    def __init__(self, memory: Memory, spans: Sequence[Span], ops: Ops) -> None:
-        self.memory = memory
-        self.ops = ops
-        self.spans = spans
-        self.n_rows = sum(span.n_rows for span in spans)
-        self.writes = {name: self._write_index(name) for name in memory.groups}
-        self.reads = {name: self._read_rows(name) for name in memory.groups}
-
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
-    ) -> Tensor:
-        """See `Attend`. Rows beyond the spans (padding) are not stored and get zeros."""
-        spec = self.memory.layers[layer]
-        store = self.memory.groups[spec.group].layers[spec.source]
-        if k_TGD is not None and v_TGD is not None:
-            pages_T, slots_T = self.writes[spec.group]
-            store.write(pages_T, slots_T, k_TGD[: self.n_rows], v_TGD[: self.n_rows])
-        parts = [
-            self.ops.attention(
-                q_THD[span.start : span.start + span.n_rows], store.k_PGSD, store.v_PGSD, rows, 1.0
-            )
-            for span, rows in zip(self.spans, self.reads[spec.group], strict=True)
-        ]
-        padding = q_THD.shape[0] - self.n_rows
-        if padding:
-            parts.append(q_THD.new_zeros(padding, *q_THD.shape[1:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _positions(self, span: Span) -> range:
-        length = self.memory.lengths[span.sequence]
-        return range(length, length + span.n_rows)
-
-    def _write_index(self, group: str) -> tuple[Tensor, Tensor]:
+    def write_slots(self, group: str, spans: Sequence[Span]) -> PageSlots:
+        """Where the next rows of these sequences go; `reserve` comes first."""
         pages, slots = [], []
-        for span in self.spans:
-            table = self.memory.groups[group].tables[span.sequence]
-            for position in self._positions(span):
+        for span in spans:
+            table = self.groups[group].tables[span.sequence]
+            for position in self.positions(span):
                 pages.append(table.pages[position // PAGE_SLOTS - table.first_page])
                 slots.append(position % PAGE_SLOTS)
-        return torch.tensor(pages), torch.tensor(slots)
+        return PageSlots(_int32(pages), _int32(slots))
 
-    def _read_rows(self, group: str) -> list[PagedRows]:
-        window = self.memory.groups[group].window
-        rows = []
-        for span in self.spans:
-            hi = list(self._positions(span))
-            lo = [0 if window is None else max(0, p - window + 1) for p in hi]
-            rows.append(self.memory.visible(group, span.sequence, lo, hi))
-        return rows
+    def causal_rows(self, group: str, spans: Sequence[Span]) -> AttentionRows:
+        """A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence."""
+        window = self.groups[group].window
+        lo, hi = [], []
+        for span in spans:
+            for p in self.positions(span):
+                hi.append(p)
+                lo.append(0 if window is None else max(0, p - window + 1))
+        return self.rows(group, spans, lo, hi)
+
+    def rows(
+        self, group: str, spans: Sequence[Span], lo: list[int], hi: list[int]
+    ) -> AttentionRows:
+        """Rows of the spans, which see key positions `lo[t] .. hi[t]`."""
+        tables = [self.groups[group].tables[span.sequence] for span in spans]
+        width = max(len(table.pages) for table in tables)
+        padded = [table.pages + [0] * (width - len(table.pages)) for table in tables]
+        owner = [b for b, span in enumerate(spans) for _ in range(span.n_rows)]
+        return AttentionRows(
+            table_BP=_int32(padded),
+            first_page_B=_int32([table.first_page for table in tables]),
+            sequence_T=_int32(owner),
+            lo_T=_int32(lo),
+            hi_T=_int32(hi),
+        )
+
+    def positions(self, span: Span) -> range:
+        """Where the next rows of a sequence stand."""
+        length = self.lengths[span.sequence]
+        return range(length, length + span.n_rows)
+
+
+def _int32(values: list[int] | list[list[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -89,8 +89,7 @@ class LLM:
             max_sequences=self.config.max_sequences,
             max_tokens=self.ctx_size,
             max_rows=max(self.config.prefill_chunk, self.pairing.n_draft_max + 1),
-            # The reference operations compute attention in fp32; the keys are kept so.
-            dtype=torch.float32,
+            dtype=self.target.ops.kv_dtype,
         )
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
         self.scheduler = Scheduler(

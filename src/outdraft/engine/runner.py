@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outdraft.cache.attend import CausalAttend
 from outdraft.cache.memory import Memory, Span
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.sequence import Sequence
 from outdraft.models.registry import Target
-from outdraft.ops.reference import TILE_ROWS, pad_rows
+from outdraft.ops.reference import pad_rows
 from outdraft.request import TokenEvent
 from outdraft.sampling.logits import distribution, greedy
 from outdraft.sampling.sampler import Purpose, uniforms
@@ -124,10 +125,11 @@ class Runner:
             positions += range(at, at + len(rows))
             self.memory.reserve(w.sequence, len(rows))
         # Padded once here, so that no operation has to.
-        tokens_T = pad_rows(torch.tensor(tokens), TILE_ROWS)
-        positions_T = pad_rows(torch.tensor(positions), TILE_ROWS)
-        attend = self.memory.bind(spans, self.target.ops)
-        return self.target.model.forward(tokens_T, positions_T, attend)
+        multiple = self.target.ops.row_multiple
+        token_T = pad_rows(torch.tensor(tokens, dtype=torch.int32), multiple)
+        position_T = pad_rows(torch.tensor(positions, dtype=torch.int32), multiple)
+        attend = CausalAttend.bind(self.memory, self.target.ops, spans)
+        return self.target.model.forward(token_T, position_T, attend)
 
     def _logits(self, plan: StepPlan, ready: list[Work], hidden_TH: Tensor) -> dict[str, Tensor]:
         """fp32 logits [K + 1, V] of every sequence that has nothing pending after its rows."""
@@ -140,7 +142,7 @@ class Runner:
             if w.sequence in names:
                 wanted += range(row + w.n_rows - 1, row + w.n_rows + w.n_drafts)
             row += w.n_rows + w.n_drafts
-        chosen = pad_rows(hidden_TH[torch.tensor(wanted)], TILE_ROWS)
+        chosen = pad_rows(hidden_TH[torch.tensor(wanted)], self.target.ops.row_multiple)
         logits_RV = self.target.model.logits(chosen)[: len(wanted)]
         parts = torch.split(logits_RV, [w.n_drafts + 1 for w in ready])
         return {w.sequence: part for w, part in zip(ready, parts, strict=True)}

@@ -8,7 +8,7 @@ Shapes: T rows, K hidden size, H query heads, G key/value heads, D head dimensio
 L layers, P per-layer embedding size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from outdraft.cache.memory import KVLayer
 from outdraft.models.gemma4_config import Gemma4Config, LayerKind
 from outdraft.models.layers import Attend, inverse_frequencies, rotary_table
-from outdraft.ops.base import Ops
+from outdraft.ops.base import Heads, Ops, Rotary, Weight
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -124,147 +124,201 @@ def memory_layers(config: Gemma4Config) -> list[KVLayer]:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer's weights; q, k, v and gate, up are stacked so that x is read once."""
+    """One decoder layer's weights, packed; q, k, v and gate, up are stacked: x is read once.
 
-    tensors: Mapping[str, Tensor]
-    qkv: Tensor
-    gate_up: Tensor
+    `norms` holds the one-dimensional weights in fp32 and `matrices` the rest, by their name without
+    `layers.N.` and `.weight`. `scalar` multiplies the layer's output.
+    """
+
+    norms: Mapping[str, Tensor]
+    matrices: Mapping[str, Weight]
+    scalar: float
+    inner: int
 
     @classmethod
-    def build(cls, weights: dict[str, Tensor], prefix: str) -> "Layer":
+    def build(cls, weights: MutableMapping[str, Tensor], prefix: str, ops: Ops) -> "Layer":
         """Take this layer's tensors out of `weights`."""
         own = {
-            name.removeprefix(prefix): weights.pop(name)
+            name.removeprefix(prefix).removesuffix(".weight"): weights.pop(name)
             for name in list(weights)
             if name.startswith(prefix)
         }
+        scalar = float(own.pop("layer_scalar"))
         stacks = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        qkv = [own.pop(f"{name}.weight") for name in stacks if f"{name}.weight" in own]
-        gate_up = [own.pop(f"mlp.{name}_proj.weight") for name in ("gate", "up")]
-        return cls(own, torch.cat(qkv), torch.cat(gate_up))
+        qkv = [own.pop(name) for name in stacks if name in own]
+        gate_up = [own.pop("mlp.gate_proj"), own.pop("mlp.up_proj")]
+        matrices = {
+            "qkv": ops.pack(torch.cat(qkv)),
+            "gate_up": ops.pack(torch.cat(gate_up)),
+        }
+        norms = {}
+        for name, tensor in own.items():
+            if tensor.ndim == 1:
+                norms[name] = tensor.float()
+            else:
+                matrices[name] = ops.pack(tensor, "router" if "router" in name else "linear")
+        return cls(norms, matrices, scalar, gate_up[0].shape[0])
 
 
 class Gemma4:
     """A Gemma 4 text model over given weights and operations."""
 
-    def __init__(self, config: Gemma4Config, weights: Mapping[str, Tensor], ops: Ops) -> None:
-        """`weights`: canonical name -> tensor, as `expected_tensors` lists them."""
+    def __init__(
+        self,
+        config: Gemma4Config,
+        weights: Mapping[str, Tensor],
+        ops: Ops,
+        n_positions: int | None = None,
+    ) -> None:
+        """`weights`: canonical name -> tensor, as `expected_tensors` lists them.
+
+        `n_positions` is the longest sequence that will be run; None is the config's.
+        """
         self.config = config
         self.ops = ops
-        # Norm weights multiply in fp32: converted once instead of in every call.
-        rest = {n: w.float() if n.endswith("norm.weight") else w for n, w in weights.items()}
-        self.layers = [Layer.build(rest, f"layers.{i}.") for i in range(config.n_layers)]
-        self.embedding = rest["embed_tokens.weight"]
-        self.head = rest.get("lm_head.weight", self.embedding)
-        self.rest = rest
-        dtype = self.embedding.dtype
+        rest = dict(weights)
+        self.layers = [Layer.build(rest, f"layers.{i}.", ops) for i in range(config.n_layers)]
+        embedding = rest.pop("embed_tokens.weight")
         # The published models round the scale to the weights' type.
-        self.embed_scale = torch.tensor(config.hidden_size**0.5).to(dtype)
-        self.ple_scale = torch.tensor(config.ple_size**0.5).to(dtype)
-        self.inverse: dict[LayerKind, Tensor] = {
-            kind: inverse_frequencies(
-                config.attention[config.layer_types.index(kind)].head_dim,
-                config.rope[kind].theta,
-                config.rope[kind].partial_rotary_factor,
+        self.embed_scale = float(torch.tensor(config.hidden_size**0.5).to(embedding.dtype))
+        self.ple_scale = float(torch.tensor(config.ple_size**0.5).to(embedding.dtype))
+        self.embedding = ops.pack(embedding, "embedding")
+        self.head = self.embedding
+        if not config.tie_word_embeddings:
+            self.head = ops.pack(rest.pop("lm_head.weight"), "embedding")
+        if config.ple_size:
+            self.ple_table = ops.pack(rest.pop("embed_tokens_per_layer.weight"), "embedding")
+            self.ple_projection = ops.pack(rest.pop("per_layer_model_projection.weight"))
+            self.ple_norm = rest.pop("per_layer_projection_norm.weight").float()
+        self.norm = rest.pop("norm.weight").float()
+        n_positions = n_positions or config.max_position_embeddings
+        self.rotary: dict[LayerKind, tuple[Tensor, Tensor]] = {
+            kind: rotary_table(
+                n_positions,
+                inverse_frequencies(
+                    config.attention[config.layer_types.index(kind)].head_dim,
+                    config.rope[kind].theta,
+                    config.rope[kind].partial_rotary_factor,
+                ),
             )
             for kind in dict.fromkeys(config.layer_types)
         }
 
-    def embed(self, tokens_T: Tensor) -> Tensor:
+    def embed(self, token_T: Tensor) -> Tensor:
         """Scaled input embeddings [T, K] (an assistant reads these too)."""
-        return self.embedding[tokens_T] * self.embed_scale
+        return self.ops.embed(self.embedding, token_T, self.embed_scale)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def forward(self, token_T: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, [T, K].
 
         Args:
-            tokens_T: int64 token ids.
-            positions_T: int64 positions, from 0.
+            token_T: int32 token ids.
+            position_T: int32 positions, from 0.
             attend: stores keys and values and attends, for each layer in turn.
         """
-        x = self.embed(tokens_T)
-        ple_TLP = self._per_layer_inputs(tokens_T, x) if self.config.ple_size else None
-        return self.layers_forward(x, positions_T, attend, ple_TLP)
+        x = self.embed(token_T)
+        ple_TL = self._per_layer_inputs(token_T, x) if self.config.ple_size else None
+        return self.layers_forward(x, position_T, attend, ple_TL)
 
     def layers_forward(
-        self, x: Tensor, positions_T: Tensor, attend: Attend, ple_TLP: Tensor | None = None
+        self, x: Tensor, position_T: Tensor, attend: Attend, ple_TL: Tensor | None = None
     ) -> Tensor:
         """All layers and the final norm over inputs x [T, K]; see `forward`."""
-        tables = {kind: rotary_table(positions_T, inv) for kind, inv in self.inverse.items()}
+        eps = self.config.rms_norm_eps
+        rotary = {kind: Rotary(*table, position_T) for kind, table in self.rotary.items()}
+        normed = self.ops.rms_norm(x, self.layers[0].norms["input_layernorm"], eps)
         for index, layer in enumerate(self.layers):
-            cos, sin = tables[self.config.layer_types[index]]
-            x = x + self._attention(index, layer, x, cos, sin, attend)
-            x = x + self._feedforward(layer, x)
-            if ple_TLP is not None:
-                x = x + self._per_layer_update(layer, x, ple_TLP[:, index])
-            x = x * layer.tensors["layer_scalar"]
-        return self.ops.rms_norm(x, self.rest["norm.weight"], self.config.rms_norm_eps)
+            last = index + 1 == len(self.layers)
+            next_norm = self.norm if last else self.layers[index + 1].norms["input_layernorm"]
+            mixed = self._attention(
+                index, layer, normed, rotary[self.config.layer_types[index]], attend
+            )
+            x, normed = self.ops.add_norm(
+                mixed,
+                x,
+                layer.norms["post_attention_layernorm"],
+                eps,
+                next_weight=layer.norms["pre_feedforward_layernorm"],
+            )
+            y = self._feedforward(layer, x, normed)
+            after = layer.norms["post_feedforward_layernorm"]
+            if ple_TL is not None:
+                x = self.ops.add(self.ops.rms_norm(y, after, eps), x)
+                y = self._per_layer_update(index, layer, x, ple_TL)
+                after = layer.norms["post_per_layer_input_norm"]
+            x, normed = self.ops.add_norm(
+                y, x, after, eps, scale=layer.scalar, next_weight=next_norm
+            )
+        return normed
 
     def logits(self, hidden_RK: Tensor) -> Tensor:
         """fp32 logits [R, V] of final hidden states, soft-capped as the config says."""
-        logits = self.ops.linear(hidden_RK, self.head).float()
+        logits_RV = self.ops.linear(hidden_RK, self.head, torch.float32)
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _norm(self, layer: Layer, name: str, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, layer.tensors[f"{name}.weight"], self.config.rms_norm_eps)
+        return logits_RV if cap is None else self.ops.softcap(logits_RV, cap)
 
     def _attention(
-        self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+        self, index: int, layer: Layer, normed: Tensor, rotary: Rotary, attend: Attend
     ) -> Tensor:
         shape, eps = self.config.attention[index], self.config.rms_norm_eps
-        n_rows, dim = x.shape[0], shape.head_dim
-        qkv = self.ops.linear(self._norm(layer, "input_layernorm", x), layer.qkv)
-        heads = qkv.view(n_rows, -1, dim)
-        q = self.ops.norm_rope(
-            heads[:, : shape.n_heads], layer.tensors["self_attn.q_norm.weight"], cos, sin, eps
-        )
+        n_rows = normed.shape[0]
+        heads = self.ops.linear(normed, layer.matrices["qkv"]).view(n_rows, -1, shape.head_dim)
+        q_norm = layer.norms["self_attn.q_norm"]
+        q = self.ops.norm_rope(heads[:, : shape.n_heads], q_norm, rotary, eps)
         k = v = None
         if self.config.kv_source(index) == index:
             raw_k = heads[:, shape.n_heads : shape.n_heads + shape.n_kv_heads]
             raw_v = raw_k if shape.k_eq_v else heads[:, -shape.n_kv_heads :]
-            k = self.ops.norm_rope(raw_k, layer.tensors["self_attn.k_norm.weight"], cos, sin, eps)
-            v = self.ops.norm_rope(raw_v, None, None, None, eps)
+            k = Heads(raw_k, layer.norms["self_attn.k_norm"], rotary, eps)
+            v = Heads(raw_v, None, None, eps)
         mixed = attend(index, q, k, v).reshape(n_rows, -1)
-        out = self.ops.linear(mixed, layer.tensors["self_attn.o_proj.weight"])
-        return self._norm(layer, "post_attention_layernorm", out)
+        return self.ops.linear(mixed, layer.matrices["self_attn.o_proj"])
 
-    def _feedforward(self, layer: Layer, x: Tensor) -> Tensor:
-        inner = self.ops.linear(self._norm(layer, "pre_feedforward_layernorm", x), layer.gate_up)
-        y = self.ops.linear(self.ops.gated_gelu(inner), layer.tensors["mlp.down_proj.weight"])
-        if self.config.moe is not None:
-            y = self._norm(layer, "post_feedforward_layernorm_1", y)
-            y = y + self._norm(layer, "post_feedforward_layernorm_2", self._experts(layer, x))
-        return self._norm(layer, "post_feedforward_layernorm", y)
+    def _feedforward(self, layer: Layer, x: Tensor, normed: Tensor) -> Tensor:
+        """Before its last norm."""
+        inner = self.ops.linear(normed, layer.matrices["gate_up"])
+        gated = self.ops.gated(inner[:, : layer.inner], inner[:, layer.inner :])
+        y = self.ops.linear(gated, layer.matrices["mlp.down_proj"])
+        if self.config.moe is None:
+            return y
+        eps = self.config.rms_norm_eps
+        dense = self.ops.rms_norm(y, layer.norms["post_feedforward_layernorm_1"], eps)
+        routed = self._experts(layer, x)
+        routed = self.ops.rms_norm(routed, layer.norms["post_feedforward_layernorm_2"], eps)
+        return self.ops.add(routed, dense)
 
     def _experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Routed experts; the router reads the residual stream through its own norm."""
         moe, eps = self.config.moe, self.config.rms_norm_eps
         assert moe is not None
-        own = layer.tensors
-        routed = self.ops.rms_norm(x, None, eps) * own["router.scale"] * x.shape[-1] ** -0.5
-        scores = self.ops.linear(routed, own["router.proj.weight"])
-        best, ids = torch.softmax(scores.float(), dim=-1).topk(moe.top_k, dim=-1)
-        weights = best / best.sum(dim=-1, keepdim=True) * own["router.per_expert_scale"][ids]
+        scale_K = layer.norms["router.scale"] * x.shape[-1] ** -0.5
+        scores_TE = self.ops.linear(
+            self.ops.rms_norm(x, scale_K, eps), layer.matrices["router.proj"], torch.float32
+        )
+        ids_TA, weights_TA = self.ops.route(
+            scores_TE, moe.top_k, layer.norms["router.per_expert_scale"]
+        )
         return self.ops.experts(
-            self._norm(layer, "pre_feedforward_layernorm_2", x),
-            own["experts.gate_up_proj"],
-            own["experts.down_proj"],
-            ids,
-            weights,
+            self.ops.rms_norm(x, layer.norms["pre_feedforward_layernorm_2"], eps),
+            layer.matrices["experts.gate_up_proj"],
+            layer.matrices["experts.down_proj"],
+            ids_TA,
+            weights_TA,
         )
 
-    def _per_layer_inputs(self, tokens_T: Tensor, x: Tensor) -> Tensor:
-        """Per-layer embeddings [T, L, P]: a table by token plus a projection of the embedding."""
-        shape = (x.shape[0], self.config.n_layers, self.config.ple_size)
-        table = (self.rest["embed_tokens_per_layer.weight"][tokens_T] * self.ple_scale).view(shape)
-        projected = self.ops.linear(x, self.rest["per_layer_model_projection.weight"])
-        projected = (projected * self.config.hidden_size**-0.5).view(shape)
-        norm = self.rest["per_layer_projection_norm.weight"]
-        return (self.ops.rms_norm(projected, norm, self.config.rms_norm_eps) + table) * 2**-0.5
+    def _per_layer_inputs(self, token_T: Tensor, x: Tensor) -> Tensor:
+        """Per-layer embeddings [T, L * P]: a table by token plus a projection of the embedding."""
+        n_rows, size = x.shape[0], self.config.ple_size
+        table = self.ops.embed(self.ple_table, token_T, self.ple_scale)
+        projected = self.ops.linear(x, self.ple_projection).view(-1, size)
+        # The model scales the projection by K^-1/2 first; in a norm that only moves epsilon.
+        eps = self.config.rms_norm_eps * self.config.hidden_size
+        normed = self.ops.rms_norm(projected, self.ple_norm, eps).view(n_rows, -1)
+        return self.ops.add(normed, table, 2**-0.5)
 
-    def _per_layer_update(self, layer: Layer, x: Tensor, ple_TP: Tensor) -> Tensor:
-        gate = self.ops.linear(x, layer.tensors["per_layer_input_gate.weight"])
-        gated = self.ops.gelu(gate) * ple_TP
-        out = self.ops.linear(gated, layer.tensors["per_layer_projection.weight"])
-        return self._norm(layer, "post_per_layer_input_norm", out)
+    def _per_layer_update(self, index: int, layer: Layer, x: Tensor, ple_TL: Tensor) -> Tensor:
+        """Before its norm."""
+        size = self.config.ple_size
+        gate = self.ops.linear(x, layer.matrices["per_layer_input_gate"])
+        gated = self.ops.gated(gate, ple_TL[:, index * size : (index + 1) * size])
+        return self.ops.linear(gated, layer.matrices["per_layer_projection"])

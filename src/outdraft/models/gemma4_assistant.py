@@ -17,7 +17,7 @@ from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4 import expected_tensors as text_tensors
 from outdraft.models.gemma4_config import KINDS, AssistantConfig, Gemma4Config
 from outdraft.models.layers import Attend
-from outdraft.ops.base import Ops
+from outdraft.ops.base import Ops, Weight
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 
 PREFIXES = ("model.",)
@@ -89,21 +89,30 @@ PAIRING_HINT = "give the matching drafter with --assistant, or decode plainly wi
 class Gemma4Assistant:
     """An assistant over given weights and operations."""
 
-    def __init__(self, config: AssistantConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
-        """`weights`: canonical name -> tensor, as `expected_tensors` lists them."""
+    def __init__(
+        self,
+        config: AssistantConfig,
+        weights: Mapping[str, Tensor],
+        ops: Ops,
+        n_positions: int | None = None,
+    ) -> None:
+        """`weights` and `n_positions` as for `Gemma4`; the names are `expected_tensors`'."""
         self.config = config
         self.ops = ops
-        self.text = Gemma4(config.text, weights, ops)
-        self.pre_projection = weights["pre_projection.weight"]
-        self.post_projection = weights["post_projection.weight"]
-        self.centroids = weights.get("masked_embedding.centroids.weight")
-        self.ordering_CN = None
+        self.text = Gemma4(config.text, weights, ops, n_positions)
+        self.pre_projection = ops.pack(weights["pre_projection.weight"])
+        self.post_projection = ops.pack(weights["post_projection.weight"])
+        self.centroids: Weight = None
+        self.ordering_CN: Tensor | None = None
         if config.ordered:
+            self.centroids = ops.pack(weights["masked_embedding.centroids.weight"])
             ordering = weights["masked_embedding.token_ordering"]
-            self.ordering_CN = ordering.view(config.n_centroids, -1)
+            self.ordering_CN = ordering.view(config.n_centroids, -1).int()
+            # As many blocks as centroids, so that the tokens of one are read together.
+            self.blocks = ops.pack_blocks(weights["embed_tokens.weight"], self.ordering_CN)
 
     def step(
-        self, embedded_TK: Tensor, hidden_TK: Tensor, positions_T: Tensor, attend: Attend
+        self, embedded_TK: Tensor, hidden_TK: Tensor, position_T: Tensor, attend: Attend
     ) -> Tensor:
         """One step: the target's scaled embedding of a token and the hidden state before it.
 
@@ -111,27 +120,19 @@ class Gemma4Assistant:
             Normed states [T, h]: `logits` scores the next token from them, `carry` makes the
             hidden state of the next step.
         """
-        x = self.ops.linear(torch.cat((embedded_TK, hidden_TK), dim=-1), self.pre_projection)
-        return self.text.layers_forward(x, positions_T, attend)
+        x = self.ops.linear(self.ops.concat(embedded_TK, hidden_TK), self.pre_projection)
+        return self.text.layers_forward(x, position_T, attend)
 
     def carry(self, normed_Th: Tensor) -> Tensor:
         """The hidden state [T, K] that the next step of the round reads."""
         return self.ops.linear(normed_Th, self.post_projection)
 
-    def logits(self, normed_Th: Tensor, n_rows: int | None = None) -> Tensor:
-        """fp32 scores [n_rows, V] of the first rows (all when None), without a soft-cap.
-
-        `-inf` where the centroid head did not look.
-        """
-        n_rows = normed_Th.shape[0] if n_rows is None else n_rows
+    def logits(self, normed_Th: Tensor) -> Tensor:
+        """fp32 scores [T, V], without a soft-cap; `-inf` where the centroid head did not look."""
         if self.ordering_CN is None:
-            return self.text.logits(normed_Th)[:n_rows]
-        assert self.centroids is not None
-        scores_TC = self.ops.linear(normed_Th, self.centroids)[:n_rows].float()
-        best = scores_TC.topk(self.config.centroid_top_k, dim=-1).indices
-        ids_TN = self.ordering_CN[best].flatten(1)
-        logits = torch.full((n_rows, self.config.text.vocab_size), float("-inf"))
-        for row, ids in enumerate(ids_TN):  # each row has rows of the head of its own
-            scores = self.ops.linear(normed_Th[row : row + 1], self.text.head[ids])
-            logits[row, ids] = scores[0].float()
-        return logits
+            return self.text.logits(normed_Th)
+        scores_TC = self.ops.linear(normed_Th, self.centroids, torch.float32)
+        best_TA = self.ops.top(scores_TC, self.config.centroid_top_k)
+        return self.ops.score_blocks(
+            normed_Th, self.blocks, self.ordering_CN, best_TA, self.config.text.vocab_size
+        )

@@ -1,4 +1,4 @@
-"""Pieces that several models share: attention as a callback, rotary tables, expected tensors.
+"""Pieces that several models share: attention as a callback, rotary tables.
 
 Shapes: T rows, H query heads, G key/value heads, D head dimension.
 """
@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from outdraft.ops.base import Heads
+
 
 class Attend(Protocol):
     """Attention as a model sees it: somebody else owns the keys, values and visibility.
@@ -16,9 +18,7 @@ class Attend(Protocol):
     sequences.
     """
 
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """Store k and v (None: the layer reads another layer's) and attend; [T, H, D]."""
         ...
 
@@ -35,8 +35,7 @@ def inverse_frequencies(head_dim: int, theta: float, partial_rotary_factor: floa
     return torch.cat((1.0 / theta**exponent, still))
 
 
-def rotary_table(positions_T: Tensor, inverse_D2: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for pairs (i, i + D/2), each fp32 [T, D]."""
-    angles = positions_T[:, None].float() * inverse_D2[None, :]
-    both = torch.cat((angles, angles), dim=-1)
-    return both.cos(), both.sin()
+def rotary_table(n_positions: int, inverse_D2: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin for pairs (i, i + D/2) at positions 0 .. n - 1, each fp32 [n, D/2]."""
+    angles = torch.arange(n_positions)[:, None].float() * inverse_D2[None, :]
+    return angles.cos(), angles.sin()

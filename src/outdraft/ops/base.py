@@ -2,83 +2,206 @@
 
 Every implementation used for decoding must be *row-invariant*: what comes out for a row must not
 depend, in a single bit, on how many or which other rows are in the call. That is what makes
-drafting exact. `reference.py` is plain PyTorch and is the specification; `batched.py` is the
-differentiable version for training, which gives the promise up.
+drafting exact. `reference.py` is plain PyTorch and is the specification; `cpu.py` calls the
+compiled kernels; `batched.py` is the differentiable version for training, which gives the promise
+up.
 
 Shapes: T rows (tokens), K inputs, N outputs, H query heads, G key/value heads, D head dimension,
-P pages, S slots in a page, E experts, A experts used by a row.
+P pages, S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
+Role = Literal["linear", "embedding", "router"]
+"""What a weight is for, which decides how few bits it may get."""
 
-@dataclass(slots=True)
-class PagedRows:
-    """Which keys each query row of one sequence may see.
+Weight: TypeAlias = Any
+"""What `Ops.pack` made of a weight; only the same operations read it."""
 
-    `pages` are the ids of the pages that hold key positions `first_page * PAGE_SLOTS` onwards.
-    Row t sees key positions `lo[t] .. hi[t]`, both included; every row sees at least one key, and
-    positions above `max(hi)` may hold anything finite.
+
+@dataclass(frozen=True, slots=True)
+class KvPages:
+    """Keys and values of a layer, each [P, G, S, D] in fp32, bf16, or int8 with scales [P, G, S]."""
+
+    k_PGSD: Tensor
+    v_PGSD: Tensor
+    k_scales_PGS: Tensor | None = None
+    v_scales_PGS: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """Which keys each row sees; all int32.
+
+    Row t sees key positions `lo_T[t]..hi_T[t]`, both included, of sequence `sequence_T[t]`; rows of
+    a sequence lie together, and every row sees at least one key. Position p of sequence b is in
+    slot p % PAGE_SLOTS of page `table_BP[b, p // PAGE_SLOTS - first_page_B[b]]`. What pages hold
+    above the visible keys may be anything finite.
     """
 
-    pages: list[int]
-    first_page: int
-    lo: list[int]
-    hi: list[int]
-    masks: dict[int, Tensor] = field(default_factory=dict)
-    """Scratch of the implementation: visibility per tile of rows, shared by layers of one kind."""
+    table_BP: Tensor
+    first_page_B: Tensor
+    sequence_T: Tensor
+    lo_T: Tensor
+    hi_T: Tensor
+    scratch: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Of the implementation: what it derives once for all layers that share these rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """cos and sin of the angles, fp32 [positions, D / 2], and the position of each row, int32."""
+
+    cos: Tensor
+    sin: Tensor
+    position_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PageSlots:
+    """Where each row's key or value goes: int32 page and slot."""
+
+    page_T: Tensor
+    slot_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Raw keys or values of one call, with what is to be done to them before they are stored.
+
+    Storing is part of it because a kernel does norm, rotation and the write to memory at once.
+    """
+
+    raw_TGD: Tensor
+    norm_D: Tensor | None
+    rotary: Rotary | None
+    eps: float
+
+    def value(self, ops: "Ops") -> Tensor:
+        """Normed and rotated, [T, G, D]."""
+        return ops.norm_rope(self.raw_TGD, self.norm_D, self.rotary, self.eps)
 
 
 class Ops(Protocol):
-    """See the module docstring. Floating-point tensors are fp32, bf16 or fp16."""
+    """See the module docstring. Activations are fp32, bf16 or fp16."""
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-        """x W^T in the dtype of x, shape [T, N]."""
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Type of keys and values in memory."""
+        ...
+
+    @property
+    def row_multiple(self) -> int:
+        """Calls whose number of rows is a multiple of this need no padding."""
+        ...
+
+    def pack(self, weight: Tensor, role: Role = "linear") -> Weight:
+        """A weight [N, K], or [E, N, K] for experts, as `linear`, `embed` and `experts` read it."""
+        ...
+
+    def embed(self, weight: Weight, token_T: Tensor, scale: float) -> Tensor:
+        """Rows `token_T` (int32) of the weight times scale, [T, K]."""
+        ...
+
+    def concat(self, a_TK: Tensor, b_TN: Tensor) -> Tensor:
+        """Columns of a, then columns of b: [T, K + N]."""
+        ...
+
+    def linear(self, x_TK: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+        """x W^T in `dtype`, by default that of x; [T, N]."""
         ...
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps), times the weight (not 1 + weight), computed in fp32."""
+        """x / sqrt(mean(x^2) + eps), times the fp32 weight (not 1 + weight), computed in fp32."""
+        ...
+
+    def add_norm(
+        self,
+        x_TK: Tensor,
+        residual_TK: Tensor,
+        weight_K: Tensor | None,
+        eps: float,
+        *,
+        scale: float = 1.0,
+        next_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """y = (residual + rms_norm(x, weight)) * scale, and rms_norm(y, next_weight)."""
+        ...
+
+    def add(self, x_TK: Tensor, residual_TK: Tensor, scale: float = 1.0) -> Tensor:
+        """(residual + x) * scale."""
         ...
 
     def norm_rope(
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+    ) -> Tensor:
+        """RMS norm over each head, then rotation of (i, i + D/2) pairs unless `rotary` is None."""
+        ...
+
+    def write_heads(
         self,
-        x_THD: Tensor,
+        x_TGD: Tensor,
+        pages_PGSD: Tensor,
+        scales_PGS: Tensor | None,
+        slots: PageSlots,
         weight_D: Tensor | None,
-        cos_TD: Tensor | None,
-        sin_TD: Tensor | None,
+        rotary: Rotary | None,
+        *,
         eps: float,
-    ) -> Tensor:
-        """RMS norm over each head, then rotation of (i, i + D/2) pairs unless `cos_TD` is None."""
+    ) -> None:
+        """As `norm_rope`, written into pages of keys or of values."""
         ...
 
-    def gelu(self, x_TK: Tensor) -> Tensor:
-        """gelu with the tanh approximation, same shape."""
+    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+        """gelu_tanh(gate) * up."""
         ...
 
-    def gated_gelu(self, gate_up_TK: Tensor) -> Tensor:
-        """gelu_tanh(first half of the columns) * second half, shape [T, K/2]."""
+    def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
+        """Grouped-query softmax attention over paged keys, [T, H, D]; sums are fp32."""
         ...
 
-    def attention(
-        self, q_THD: Tensor, k_PGSD: Tensor, v_PGSD: Tensor, rows: PagedRows, scale: float
-    ) -> Tensor:
-        """Grouped-query softmax attention of one sequence over paged keys, shape [T, H, D]."""
+    def route(
+        self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The best experts of each row and their weights.
+
+        Softmax over fp32 scores, the `count` largest (the lowest id of equals), made to sum to one,
+        times `per_expert_E`: int32 and fp32 [T, A].
+        """
         ...
 
     def experts(
-        self,
-        x_TK: Tensor,
-        gate_up_EIK: Tensor,
-        down_EKI: Tensor,
-        ids_TA: Tensor,
-        weights_TA: Tensor,
+        self, x_TK: Tensor, gate_up: Weight, down: Weight, ids_TA: Tensor, weights_TA: Tensor
     ) -> Tensor:
-        """Sum over a row's experts of weight * down(gated_gelu(gate_up x)), shape [T, K]."""
+        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K]."""
+        ...
+
+    def top(self, scores_TE: Tensor, count: int) -> Tensor:
+        """int32 [T, A]: ids of the largest of each row of fp32 scores, the lowest of equals."""
+        ...
+
+    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Weight:
+        """The weight's rows in C blocks, block c of rows `ids_CN[c]`, as `score_blocks` reads it."""
+        ...
+
+    def score_blocks(
+        self, x_TK: Tensor, blocks: Weight, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
+    ) -> Tensor:
+        """fp32 scores [T, V] of the tokens in each row's chosen blocks, -inf elsewhere."""
+        ...
+
+    def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
+        """tanh(logits / cap) * cap of fp32 logits; may be done in place."""
+        ...
+
+    def argmax(self, logits_TV: Tensor) -> Tensor:
+        """int32 id of each row's largest fp32 logit, the lowest of equals."""
         ...

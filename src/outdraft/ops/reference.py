@@ -12,17 +12,33 @@ Shapes: see ops/base.py. Not here: gradients (ops/batched.py), memory management
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import PAGE_SLOTS, PagedRows
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
 
 TILE_ROWS = 8
 _VECTOR = 64  # elements: a multiple of what any vectorised loop takes at once
 _SERIAL = 32768  # elements: PyTorch splits longer loops over threads, wherever that falls
+
+
+@dataclass(slots=True)
+class PagedRows:
+    """One sequence's part of `AttentionRows`, in Python numbers.
+
+    `pages` hold key positions `first_page * PAGE_SLOTS` onwards; rows `start ..` of the call see
+    positions `lo[t] .. hi[t]`.
+    """
+
+    start: int
+    pages: list[int]
+    first_page: int
+    lo: list[int]
+    hi: list[int]
+    masks: dict[int, Tensor] = field(default_factory=dict)  # by tile of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,66 +47,118 @@ class ReferenceOps:
 
     tile: int = TILE_ROWS
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Attention computes in fp32, so keys and values are kept so."""
+        return torch.float32
+
+    @property
+    def row_multiple(self) -> int:
+        """See `Ops.row_multiple`."""
+        return self.tile
+
+    def pack(self, weight: Tensor, role: Role = "linear") -> Tensor:
+        """The weight as it is."""
+        del role
+        return weight
+
+    def embed(self, weight: Tensor, token_T: Tensor, scale: float) -> Tensor:
+        """See `Ops.embed`."""
+        return weight[token_T] * scale
+
+    def concat(self, a_TK: Tensor, b_TN: Tensor) -> Tensor:
+        """See `Ops.concat`."""
+        return torch.cat((a_TK, b_TN), dim=-1)
+
+    def linear(self, x_TK: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See `Ops.linear`."""
         n_rows = x_TK.shape[0]
         if n_rows == self.tile:
-            return F.linear(x_TK, weight_NK)
+            return F.linear(x_TK, weight).to(dtype or x_TK.dtype)
         padded = pad_rows(x_TK, self.tile)
-        tiles = [F.linear(tile, weight_NK) for tile in torch.split(padded, self.tile)]
-        return torch.cat(tiles)[:n_rows]
+        tiles = [F.linear(tile, weight) for tile in torch.split(padded, self.tile)]
+        return torch.cat(tiles)[:n_rows].to(dtype or x_TK.dtype)
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
         return _rms_norm_fp32(x_TK, weight_K, eps).to(x_TK.dtype)
 
-    def norm_rope(
+    def add_norm(
         self,
-        x_THD: Tensor,
-        weight_D: Tensor | None,
-        cos_TD: Tensor | None,
-        sin_TD: Tensor | None,
+        x_TK: Tensor,
+        residual_TK: Tensor,
+        weight_K: Tensor | None,
         eps: float,
+        *,
+        scale: float = 1.0,
+        next_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.add_norm`."""
+        y_TK = self.add(self.rms_norm(x_TK, weight_K, eps), residual_TK, scale)
+        return y_TK, self.rms_norm(y_TK, next_weight, eps)
+
+    def add(self, x_TK: Tensor, residual_TK: Tensor, scale: float = 1.0) -> Tensor:
+        """See `Ops.add`."""
+        y_TK = residual_TK + x_TK
+        return y_TK if scale == 1.0 else y_TK * scale
+
+    def norm_rope(
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
     ) -> Tensor:
         """See `Ops.norm_rope`."""
         y = _rms_norm_fp32(x_THD, weight_D, eps)
-        if cos_TD is not None and sin_TD is not None:
-            half = y.shape[-1] // 2
-            turned = torch.cat((-y[..., half:], y[..., :half]), dim=-1)
-            y = y * cos_TD[:, None] + turned * sin_TD[:, None]
+        if rotary is not None:
+            at_T = rotary.position_T[: x_THD.shape[0]]  # a call's padding rows are not stored
+            cos, sin = rotary.cos[at_T][:, None], rotary.sin[at_T][:, None]
+            a, b = y.chunk(2, dim=-1)
+            y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
         return y.to(x_THD.dtype)
 
-    def gated_gelu(self, gate_up_TK: Tensor) -> Tensor:
-        """See `Ops.gated_gelu`."""
-        gate, up = gate_up_TK.chunk(2, dim=-1)
-        return self.gelu(gate) * up
+    def write_heads(
+        self,
+        x_TGD: Tensor,
+        pages_PGSD: Tensor,
+        scales_PGS: Tensor | None,
+        slots: PageSlots,
+        weight_D: Tensor | None,
+        rotary: Rotary | None,
+        *,
+        eps: float,
+    ) -> None:
+        """See `Ops.write_heads`."""
+        assert scales_PGS is None
+        heads_TGD = self.norm_rope(x_TGD, weight_D, rotary, eps)
+        pages_PGSD[slots.page_T, :, slots.slot_T] = heads_TGD.to(pages_PGSD.dtype)
 
-    def gelu(self, x_TK: Tensor) -> Tensor:
-        """gelu with the tanh approximation.
+    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+        """See `Ops.gated`.
 
-        PyTorch computes whole vectors with one formula and what is left over with another, whose
-        low bits differ; so the call is made of whole vectors, in lengths that run on one thread.
+        PyTorch computes whole vectors of gelu with one formula and what is left over with another,
+        whose low bits differ; so the call is made of whole vectors, in lengths that run on one
+        thread.
         """
-        flat = x_TK.reshape(-1)
+        flat = gate_TK.reshape(-1)
         n = flat.shape[0]
         parts = torch.split(pad_rows(flat, _VECTOR), _SERIAL)
         done = [F.gelu(part, approximate="tanh") for part in parts]
         whole = done[0] if len(done) == 1 else torch.cat(done)
-        return whole[:n].view(x_TK.shape)
+        return whole[:n].view(gate_TK.shape) * up_TK
 
-    def attention(
-        self, q_THD: Tensor, k_PGSD: Tensor, v_PGSD: Tensor, rows: PagedRows, scale: float
-    ) -> Tensor:
+    def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """See `Ops.attention`. Scores and sums are fp32 whatever the inputs are."""
-        keys = _pages(k_PGSD, rows.pages)
-        values = _pages(v_PGSD, rows.pages)
-        n_rows = q_THD.shape[0]
-        padded = pad_rows(q_THD.float(), self.tile)
-        out = [
-            self._attend_tile(tile, keys, values, rows, index, scale)
-            for index, tile in enumerate(torch.split(padded, self.tile))
-        ]
-        return (out[0] if len(out) == 1 else torch.cat(out))[:n_rows].to(q_THD.dtype)
+        if "sequences" not in rows.scratch:
+            rows.scratch["sequences"] = _by_sequence(rows)
+        parts = []
+        for own in rows.scratch["sequences"]:
+            keys, values = _pages(kv.k_PGSD, own.pages), _pages(kv.v_PGSD, own.pages)
+            n_rows = len(own.lo)
+            padded = pad_rows(q_THD[own.start : own.start + n_rows].float(), self.tile)
+            out = [
+                self._attend_tile(tile, keys, values, own, index, scale)
+                for index, tile in enumerate(torch.split(padded, self.tile))
+            ]
+            parts.append((out[0] if len(out) == 1 else torch.cat(out))[:n_rows])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(q_THD.dtype)
 
     def _attend_tile(
         self,
@@ -122,26 +190,58 @@ class ReferenceOps:
         mixed = _sum_pages(mixed.view(n_pages, n_kv, n_rows, group, dim)) / total[..., None]
         return mixed.permute(1, 0, 2, 3).reshape(n_rows, n_heads, dim)
 
+    def route(
+        self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.route`."""
+        probs_TE = torch.softmax(scores_TE, dim=-1)
+        ids_TA = self.top(scores_TE, count)
+        best_TA = probs_TE.gather(-1, ids_TA.long())
+        weights_TA = best_TA / best_TA.sum(dim=-1, keepdim=True)
+        if per_expert_E is not None:
+            weights_TA = weights_TA * per_expert_E[ids_TA]
+        return ids_TA, weights_TA
+
     def experts(
-        self,
-        x_TK: Tensor,
-        gate_up_EIK: Tensor,
-        down_EKI: Tensor,
-        ids_TA: Tensor,
-        weights_TA: Tensor,
+        self, x_TK: Tensor, gate_up: Tensor, down: Tensor, ids_TA: Tensor, weights_TA: Tensor
     ) -> Tensor:
         """See `Ops.experts`. A row's experts are added in the order of its `ids_TA`."""
         parts_TAK = torch.empty(*ids_TA.shape, x_TK.shape[1], dtype=x_TK.dtype)
         for expert in torch.unique(ids_TA).tolist():
             row, slot = torch.where(ids_TA == expert)
-            y = self.linear(
-                self.gated_gelu(self.linear(x_TK[row], gate_up_EIK[expert])), down_EKI[expert]
-            )
+            gate, up = self.linear(x_TK[row], gate_up[expert]).chunk(2, dim=-1)
+            y = self.linear(self.gated(gate, up), down[expert])
             parts_TAK[row, slot] = y * weights_TA[row, slot, None].to(y.dtype)
         total = parts_TAK[:, 0]
         for other in range(1, parts_TAK.shape[1]):
             total = total + parts_TAK[:, other]
         return total
+
+    def top(self, scores_TE: Tensor, count: int) -> Tensor:
+        """See `Ops.top`. A stable sort, unlike topk, promises the lowest id of equals."""
+        return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count].int()
+
+    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Tensor:
+        """[C, N, K]."""
+        return weight_VK[ids_CN]
+
+    def score_blocks(
+        self, x_TK: Tensor, blocks: Tensor, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
+    ) -> Tensor:
+        """See `Ops.score_blocks`."""
+        logits_TV = torch.full((x_TK.shape[0], n_vocab), float("-inf"))
+        for row, chosen in enumerate(chosen_TA):  # each row has rows of the head of its own
+            scores_N = self.linear(x_TK[row : row + 1], blocks[chosen].flatten(0, 1))[0]
+            logits_TV[row, ids_CN[chosen].flatten()] = scores_N.float()
+        return logits_TV
+
+    def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
+        """See `Ops.softcap`."""
+        return torch.tanh(logits_TV / cap) * cap
+
+    def argmax(self, logits_TV: Tensor) -> Tensor:
+        """See `Ops.argmax`."""
+        return torch.argmax(logits_TV, dim=-1).int()  # documented to return the first maximum
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
@@ -169,6 +269,21 @@ def rows_are_independent(weights: Iterable[Tensor], tile: int = TILE_ROWS) -> bo
             if not torch.equal(F.linear(mixed, weight)[::2], expected.roll(shift, 0)[::2]):
                 return False
     return True
+
+
+def _by_sequence(rows: AttentionRows) -> list[PagedRows]:
+    """The rows of each sequence, with only the pages that they see."""
+    sequence, lo, hi = (t.tolist() for t in (rows.sequence_T, rows.lo_T, rows.hi_T))
+    parts, start = [], 0
+    while start < len(sequence):
+        end = start + sequence[start:].count(sequence[start])
+        own_lo, own_hi = lo[start:end], hi[start:end]
+        offset = int(rows.first_page_B[sequence[start]])
+        first, last = min(own_lo) // PAGE_SLOTS, max(own_hi) // PAGE_SLOTS
+        pages = rows.table_BP[sequence[start], first - offset : last + 1 - offset].tolist()
+        parts.append(PagedRows(start, pages, first, own_lo, own_hi))
+        start = end
+    return parts
 
 
 def _rms_norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outdraft.cache.memory import Memory
+from outdraft.cache.attend import ReadOnlyAttend
+from outdraft.cache.memory import Memory, Span
 from outdraft.models.gemma4_assistant import Gemma4Assistant
-from outdraft.ops.base import Ops, PagedRows
-from outdraft.ops.reference import TILE_ROWS, pad_rows
+from outdraft.ops.base import AttentionRows
+from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 
@@ -44,62 +45,40 @@ class Gemma4AssistantDrafter:
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`."""
         sequences = view.sequences
-        kv = TargetKeys(view.memory, sequences, self._layers(), self.model.ops)
+        attend = self._attend(view.memory, sequences)
+        ops = self.model.ops
         # T: one row a sequence, padded once here so that no operation has to.
-        positions_T = pad_rows(torch.tensor([s.n - 1 for s in sequences]), TILE_ROWS)
-        hidden_TH = pad_rows(torch.stack([_hidden(s) for s in sequences]), TILE_ROWS)
+        positions = torch.tensor([s.n - 1 for s in sequences], dtype=torch.int32)
+        position_T = pad_rows(positions, ops.row_multiple)
+        hidden_TH = pad_rows(torch.stack([_hidden(s) for s in sequences]), ops.row_multiple)
         normed_Th: Tensor | None = None
 
         def step(newest_B: Tensor) -> Tensor:
             nonlocal normed_Th
             carried_TH = hidden_TH if normed_Th is None else self.model.carry(normed_Th)
-            embedded_TH = view.embed(pad_rows(newest_B, TILE_ROWS))
-            normed_Th = self.model.step(embedded_TH, carried_TH, positions_T, kv)
-            return self.model.logits(normed_Th, len(sequences))
+            embedded_TH = view.embed(pad_rows(newest_B.int(), ops.row_multiple))
+            normed_Th = self.model.step(embedded_TH, carried_TH, position_T, attend)
+            return self.model.logits(normed_Th)[: len(sequences)]
 
         return draft_chain(sequences, k, step, sample_drafts=self.sample_drafts)
 
-    def _layers(self) -> list[tuple[str, int]]:
-        """For each of the assistant's layers, the group and layer of the target it reads."""
-        return [(kind, self.kv_layers[kind]) for kind in self.model.config.text.layer_types]
+    def _attend(self, memory: Memory, sequences: Sequence[SequenceView]) -> ReadOnlyAttend:
+        """One query a sequence, over the keys that the target has verified."""
+        kinds = self.model.config.text.layer_types
+        rows = {kind: visible_rows(memory, kind, sequences) for kind in dict.fromkeys(kinds)}
+        stores = [memory.groups[kind].layers[self.kv_layers[kind]] for kind in kinds]
+        return ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])
 
 
-class TargetKeys:
-    """Attention of a round: one query a sequence over the target's keys (an `Attend`)."""
-
-    def __init__(
-        self,
-        memory: Memory,
-        sequences: Sequence[SequenceView],
-        layers: list[tuple[str, int]],
-        ops: Ops,
-    ) -> None:
-        self.ops = ops
-        self.layers = [memory.groups[group].layers[layer] for group, layer in layers]
-        ranges = {group: _visible(memory, group, sequences) for group, _ in layers}
-        self.rows = [ranges[group] for group, _ in layers]
-
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
-    ) -> Tensor:
-        """See `Attend`; row b belongs to sequence b, rows beyond them (padding) get zeros."""
-        assert k_TGD is None and v_TGD is None
-        store = self.layers[layer]
-        parts = [
-            self.ops.attention(q_THD[b : b + 1], store.k_PGSD, store.v_PGSD, rows, 1.0)
-            for b, rows in enumerate(self.rows[layer])
-        ]
-        return pad_rows(torch.cat(parts), q_THD.shape[0])
-
-
-def _visible(memory: Memory, group: str, sequences: Sequence[SequenceView]) -> list[PagedRows]:
+def visible_rows(
+    memory: Memory, group: str, sequences: Sequence[SequenceView]
+) -> AttentionRows:
+    """Keys 0 .. n - 2 of each sequence; in a sliding group the last `window` of them."""
     window = memory.groups[group].window
-    rows = []
-    for sequence in sequences:
-        newest = sequence.n - 2
-        oldest = 0 if window is None else max(0, newest - window + 1)
-        rows.append(memory.visible(group, sequence.id, [oldest], [newest]))
-    return rows
+    spans = [Span(sequence.id, b, 1) for b, sequence in enumerate(sequences)]
+    hi = [sequence.n - 2 for sequence in sequences]
+    lo = [0 if window is None else max(0, newest - window + 1) for newest in hi]
+    return memory.rows(group, spans, lo, hi)
 
 
 def _hidden(sequence: SequenceView) -> Tensor:
