@@ -1,0 +1,46 @@
+# The one list of commands. A fresh machine needs two: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test prove lint format types docs bench clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
+	# The CPU build first and by itself: any other spelling may pull gigabytes of CUDA.
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready  ## make the virtual environment and install everything into it
+
+demo: setup      ## run the built-in model: coloured drafts, then a short benchmark
+	$(BIN)/outdraft generate demo --max-tokens 160
+	$(BIN)/outdraft bench demo --prompts 2 --max-tokens 64
+
+test: setup      ## everything that must hold, in minutes
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+prove: setup     ## the slow proofs
+	$(BIN)/pytest -m prove
+
+lint: setup      ## style and types only
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup    ## rewrite to the house style
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: setup      ## write docs/cli.md from the commands themselves
+	$(BIN)/python scripts/cli_docs.py
+
+bench: setup     ## the full benchmark of the demo, with transformers beside it
+	$(BIN)/outdraft bench demo --json out/bench.json --peer transformers
+
+clean:           ## remove what the commands above made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis out runs

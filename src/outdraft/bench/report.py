@@ -1,0 +1,211 @@
+"""From measurements to figures: rates, ratios with their spread, acceptance, where time goes.
+
+Here: plain data in, plain data out, as it goes into the JSON. Not here: measuring (run.py), the
+picture (chart.py), the table (cli/bench.py).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from outdraft.bench.run import DRAFT, PLAIN, Measurement, Run
+from outdraft.errors import OutdraftError
+from outdraft.speculate.stats import DraftStats, StepTimes
+
+HEADLINE_KIND = "code"
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, Any]:
+    """Figures of plain decoding against drafting in one mode (greedy or sampled).
+
+    Returns:
+        `kinds`: kind -> its figures; `overall`: those of all prompts; `identical`: whether drafting
+        gave the tokens of plain decoding in every run (expected of greedy decoding only).
+    """
+    kinds = list(dict.fromkeys(run.kind for run in runs))
+    return {
+        "kinds": {kind: _figures([run for run in runs if run.kind == kind]) for kind in kinds},
+        "overall": _figures(runs),
+        "identical": identical(runs, PLAIN, DRAFT),
+    }
+
+
+def headline(greedy: dict[str, Any]) -> dict[str, Any]:
+    """The few figures on top of the JSON: greedy decoding of code, or of the first kind there is.
+
+    `of` says which they are.
+    """
+    kinds = greedy["kinds"]
+    kind = HEADLINE_KIND if HEADLINE_KIND in kinds else next(iter(kinds))
+    return {
+        "of": f"greedy decoding, prompts of kind {kind}; identical: of all kinds",
+        "identical": greedy["identical"],
+        "speedup": kinds[kind]["speedup"],
+        "tokens_per_pass": kinds[kind]["tokens_per_pass"],
+    }
+
+
+def compare_peer(runs: Sequence[Run], plain: str, assisted: str) -> dict[str, Any]:
+    """Figures of a peer's two arms, and ours over theirs, by kind and overall."""
+    kinds = list(dict.fromkeys(run.kind for run in runs))
+    parts = {kind: [run for run in runs if run.kind == kind] for kind in kinds}
+    return {
+        "kinds": {kind: _peer_figures(part, plain, assisted) for kind, part in parts.items()},
+        "overall": _peer_figures(runs, plain, assisted),
+    }
+
+
+def identical(runs: Iterable[Run], one: str, other: str) -> bool:
+    """Whether two arms gave the same tokens in every run."""
+    return all(a.tokens == b.tokens for a, b in _pairs(runs, one, other).values())
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, Any]:
+    pairs = _pairs(runs, PLAIN, DRAFT)
+    plain, draft = [a for a, _ in pairs.values()], [b for _, b in pairs.values()]
+    stats, times, plain_times = DraftStats(), StepTimes(), StepTimes()
+    for result in draft:
+        stats.merge(result.stats)
+        _add(times, result.times)
+    for result in plain:
+        _add(plain_times, result.times)
+    ratio, spread = _ratio(runs, PLAIN, DRAFT)
+    return {
+        "n_prompts": len({run.prompt for run in runs}),
+        "plain_tok_s": _rate(plain),
+        "draft_tok_s": _rate(draft),
+        "plain_tok_s_with_prompt": _rate_with_prompt(plain),
+        "draft_tok_s_with_prompt": _rate_with_prompt(draft),
+        "speedup": ratio,
+        "speedup_spread": spread,
+        "tokens_per_pass": stats.tokens_per_pass,
+        "acceptance": stats.acceptance_by_position,
+        "acceptance_conditional": stats.conditional_acceptance,
+        "time_share": {
+            "draft": _share(times.draft_s, times.total_s),
+            "verify": _share(times.forward_s, times.total_s),
+            "rest": _share(times.rest_s, times.total_s),
+        },
+        **_costs(draft, stats, times, plain, plain_times),
+    }
+
+
+def _costs(
+    draft: Sequence[Measurement],
+    stats: DraftStats,
+    times: StepTimes,
+    plain: Sequence[Measurement],
+    plain_times: StepTimes,
+) -> dict[str, float]:
+    """What a draft step and a verifying pass cost, in passes of plain decoding."""
+    n_plain = sum(result.stats.n_passes - 1 for result in plain)  # without the prompt's pass
+    n_verify = sum(result.stats.n_passes - 1 for result in draft)
+    plain_pass_s = _share(plain_times.forward_s, n_plain)
+    return {
+        "draft_step_cost": _share(_share(times.draft_s, stats.n_drafted), plain_pass_s),
+        "verify_cost": _share(_share(times.forward_s, n_verify), plain_pass_s),
+    }
+
+
+def _peer_figures(runs: Sequence[Run], plain: str, assisted: str) -> dict[str, Any]:
+    own = _pairs(runs, plain, assisted)
+    same = [a.tokens == b.tokens for a, b in own.values()]
+    to_ours = [a.tokens == b.tokens for a, b in _pairs(runs, plain, PLAIN).values()]
+    assisted_ratio, assisted_spread = _ratio(runs, plain, assisted)
+    plain_ratio, plain_spread = _ratio(runs, plain, PLAIN)
+    draft_ratio, draft_spread = _ratio(runs, assisted, DRAFT)
+    return {
+        "plain_tok_s": _rate([a for a, _ in own.values()]),
+        "assisted_tok_s": _rate([b for _, b in own.values()]),
+        "assisted_speedup": assisted_ratio,
+        "assisted_speedup_spread": assisted_spread,
+        "assisted_equals_its_plain": f"{sum(same)} of {len(same)}",
+        "its_plain_equals_ours": f"{sum(to_ours)} of {len(to_ours)}",
+        "ours_over_its_plain": plain_ratio,
+        "ours_over_its_plain_spread": plain_spread,
+        "ours_drafting_over_its_assisted": draft_ratio,
+        "ours_drafting_over_its_assisted_spread": draft_spread,
+    }
+
+
+def _pairs(
+    runs: Iterable[Run], one: str, other: str
+) -> dict[tuple[int, int], tuple[Measurement, Measurement]]:
+    """(prompt, repeat) -> results of two arms that ran next to each other."""
+    by_arm: dict[str, dict[tuple[int, int], Measurement]] = {one: {}, other: {}}
+    for run in runs:
+        if run.arm in by_arm:
+            by_arm[run.arm][run.prompt, run.repeat] = run.result
+    return {key: (result, by_arm[other][key]) for key, result in by_arm[one].items()}
+
+
+def _ratio(runs: Sequence[Run], slow: str, fast: str) -> tuple[float, dict[str, float]]:
+    """Speed of one arm over another's: the median over prompts, and how far it spreads.
+
+    A prompt's ratio is the median of its repeats; `q1` and `q3` are quartiles over prompts, `min`
+    and `max` are of single runs.
+    """
+    by_prompt: dict[int, list[float]] = {}
+    for (prompt, _), (one, other) in _pairs(runs, slow, fast).items():
+        by_prompt.setdefault(prompt, []).append(_share(other.decode_tok_s, one.decode_tok_s))
+    ratios = [median(repeats) for repeats in by_prompt.values()]
+    single = [ratio for repeats in by_prompt.values() for ratio in repeats]
+    if len(ratios) > 1:
+        q1, _, q3 = quantiles(ratios, n=4, method="inclusive")
+    else:
+        q1 = q3 = ratios[0]
+    return median(ratios), {"q1": q1, "q3": q3, "min": min(single), "max": max(single)}
+
+
+def _rate(results: Sequence[Measurement]) -> float:
+    """Tokens per second of decoding, all runs together."""
+    n_tokens = sum(len(result.tokens) - 1 for result in results)
+    return _share(n_tokens, sum(result.decode_s for result in results))
+
+
+def _rate_with_prompt(results: Sequence[Measurement]) -> float:
+    n_tokens = sum(len(result.tokens) for result in results)
+    return _share(n_tokens, sum(result.prefill_s + result.decode_s for result in results))
+
+
+def _add(total: StepTimes, times: StepTimes) -> None:
+    total.draft_s += times.draft_s
+    total.forward_s += times.forward_s
+    total.rest_s += times.rest_s
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a report; the file is there whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file by renaming a finished one.
+
+    Raises:
+        OutdraftError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
+            try:
+                unfinished.write(content)
+                unfinished.close()
+                Path(unfinished.name).chmod(0o644)
+                os.replace(unfinished.name, path)
+            except OSError:
+                Path(unfinished.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutdraftError(
+            f"{path} cannot be written: {error.strerror}",
+            "choose another place, or free some space",
+        ) from error

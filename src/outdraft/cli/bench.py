@@ -1,0 +1,287 @@
+"""`outdraft bench`: plain decoding against drafting. The measuring is that of bench/."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from outdraft.cli import options
+from outdraft.cli.console import remark, remarks, results
+from outdraft.config import EngineConfig
+from outdraft.errors import OutdraftError
+from outdraft.request import SamplingParams
+
+if TYPE_CHECKING:
+    from outdraft.bench.prompts import Prompt
+    from outdraft.bench.run import Arm, Run
+    from outdraft.engine.engine import LLM
+
+Peer = Literal["transformers"]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def bench(
+    model: options.Model,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write a report here, and a chart beside it.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each prompt.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens written after each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of the sampled half.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of sampling.")] = 0,
+    prompt_dir: Annotated[
+        Path | None, typer.Option(help="Cut prompts from the Python texts (*.txt, *.py) in here.")
+    ] = None,
+    peer: Annotated[
+        Peer | None, typer.Option(help="Run another engine on the same weights, in turn.")
+    ] = None,
+    assistant: options.Assistant = None,
+    spec_draft_n_max: options.DraftMax = None,
+    spec_draft_sample: options.DraftSample = True,
+    dtype: options.Compute = "auto",
+    threads: options.Threads = None,
+) -> None:
+    """Measure plain decoding against drafting, by kind of prompt.
+
+    Greedy and sampled, interleaved on one engine, on held-out code, JSON, prose and repetition.
+    """
+    config = EngineConfig(
+        assistant=assistant,
+        draft_n_max=spec_draft_n_max,
+        sample_drafts=spec_draft_sample,
+        dtype=dtype,
+        max_sequences=1,
+        threads=threads,
+    )
+    greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
+    sampled = SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed
+    )
+    if sampled.greedy:
+        raise OutdraftError(
+            "temperature is 0", "greedy decoding is measured anyway; give one above 0"
+        )
+    from outdraft.cli.streaming import load
+
+    llm = load(model, config)
+    chosen = find_prompts(llm, prompt_dir, prompts, seed)
+    report = compare(llm, chosen, greedy, sampled, repeat, peer)
+    report["settings"] = {
+        "model": model,
+        "dtype": str(llm.target.dtype).removeprefix("torch."),
+        "drafter": llm.pairing.reason,
+        "draft_n_max": llm.pairing.n_draft_max,
+        "sample_drafts": spec_draft_sample,
+        "max_tokens": max_tokens,
+        "prompts_per_kind": prompts,
+        "repeats": repeat,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    report["prompts"] = [
+        {"kind": p.kind, "source": p.source, "line": p.line, "n_tokens": len(p.tokens)}
+        for p in chosen
+    ]
+    show(report)
+    if json_file is not None:
+        save(report, json_file)
+
+
+def find_prompts(llm: "LLM", directory: Path | None, n: int, seed: int) -> "list[Prompt]":
+    """The prompts to use.
+
+    Raises:
+        OutdraftError: the directory has no texts that prompts can be cut from.
+    """
+    from outdraft.bench.prompts import CANDIDATES, HELDOUT, choose_prompts, read_sources
+
+    chosen = choose_prompts(read_sources(directory or HELDOUT), n, llm.encode, seed=seed)
+    if not chosen:
+        raise OutdraftError(
+            f"the texts in {directory} are too short for a prompt", "give longer Python files"
+        )
+    for kind in CANDIDATES:
+        found = sum(prompt.kind == kind for prompt in chosen)
+        if found < n:
+            remark(f"prompts: only {found} of kind {kind} instead of {n}")
+    return chosen
+
+
+def compare(
+    llm: "LLM",
+    prompts: "Sequence[Prompt]",
+    greedy: SamplingParams,
+    sampled: SamplingParams,
+    repeats: int,
+    peer: str | None,
+) -> dict[str, Any]:
+    """Measure everything; the report without settings and prompts.
+
+    Raises:
+        OutdraftError: there is no drafter, or the peer cannot be used.
+    """
+    from outdraft.bench.machine import describe_machine, describe_version
+    from outdraft.bench.report import compare_peer, headline, summarise
+    from outdraft.bench.run import own_arms
+
+    if llm.pairing.drafter is None or llm.pairing.path is None:
+        raise OutdraftError(
+            f"there is nothing to compare: {llm.pairing.reason}",
+            "give the drafter with --assistant, and a --spec-draft-n-max above 0",
+        )
+    arms = own_arms(llm, llm.pairing.n_draft_max)
+    theirs: list[Arm] = []
+    about: dict[str, Any] = {}
+    if peer is not None:
+        from outdraft.bench.peers.transformers import peer_arms
+
+        theirs, about = peer_arms(llm.target, llm.pairing.path, llm.pairing.n_draft_max)
+    greedy_runs = measure("greedy", [*arms, *theirs], prompts, greedy, repeats)
+    sampled_runs = measure("sampled", arms, prompts, sampled, repeats)
+    in_greedy, in_sampled = summarise(greedy_runs), summarise(sampled_runs)
+    del in_sampled["identical"]  # equal in distribution, not token by token
+    report = {
+        **headline(in_greedy),
+        "kinds": in_greedy["kinds"],
+        "overall": in_greedy["overall"],
+        "sampled": in_sampled,
+        "machine": describe_machine(),
+        **describe_version(),
+    }
+    if theirs:
+        plain, assisted = (arm.name for arm in theirs)
+        report["peer"] = about | compare_peer(greedy_runs, plain, assisted)
+    return report
+
+
+def measure(
+    label: str,
+    arms: "Sequence[Arm]",
+    prompts: "Sequence[Prompt]",
+    params: SamplingParams,
+    repeats: int,
+) -> "list[Run]":
+    """All runs of one mode, behind a progress bar that shows the newest rate."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from outdraft.bench.run import measure_all, warm_up
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[newest]}"),
+    )
+    runs = []
+    with Progress(*columns, console=remarks()) as progress:
+        total = len(arms) * len(prompts) * repeats
+        task = progress.add_task(label, total=total, newest="warming up")
+        warm_up(arms, prompts[0], params)
+        for run in measure_all(arms, prompts, params, repeats):
+            runs.append(run)
+            newest = f"{run.kind}, {run.arm}: {run.result.decode_tok_s:.1f} tokens/s"
+            progress.update(task, advance=1, newest=newest)
+    return runs
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables on stdout."""
+    settings, machine, sampled = report["settings"], report["machine"], report["sampled"]
+    console = results()
+    console.print(f"\n{settings['model']} on {machine['cpu']}, {machine['threads']} threads")
+    console.print(f"{settings['dtype']}, up to {settings['draft_n_max']} drafts a step")
+    console.print(table("greedy", report["kinds"] | {"all": report["overall"]}))
+    title = f"temperature {settings['temperature']}"
+    console.print(table(title, sampled["kinds"] | {"all": sampled["overall"]}))
+    if "peer" in report:
+        console.print(peer_table(report["peer"]))
+    costs = report["overall"]
+    console.print(
+        f"In passes of plain decoding, a draft step costs {costs['draft_step_cost']:.2f} "
+        f"and a verifying pass {costs['verify_cost']:.2f}."
+    )
+    identical = "identical to" if report["identical"] else "DIFFERENT from"
+    console.print(f"Greedy tokens with drafting are {identical} those without.")
+
+
+def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
+    """A rich table of our two arms, one row a kind."""
+    made = new_table(
+        f"{mode}: tokens per second, speed-up (quartiles over prompts), share of the time for "
+        "draft/verify/rest, drafts accepted by position",
+        ["plain", "draft", "speed-up", "tok/pass", "time %", "accepted %"],
+    )
+    for kind, figures in kinds.items():
+        spread, time = figures["speedup_spread"], figures["time_share"]
+        made.add_row(
+            kind,
+            f"{figures['plain_tok_s']:.1f}",
+            f"{figures['draft_tok_s']:.1f}",
+            f"{figures['speedup']:.2f} ({spread['q1']:.2f}–{spread['q3']:.2f})",
+            f"{figures['tokens_per_pass']:.2f}",
+            "/".join(f"{100 * time[part]:.0f}" for part in ("draft", "verify", "rest")),
+            " ".join(f"{100 * share:.0f}" for share in figures["acceptance"]),
+        )
+    return made
+
+
+def peer_table(peer: dict[str, Any]) -> Any:
+    """A rich table of a peer's figures, and ours over its."""
+    made = new_table(
+        f"{peer['name']} {peer['version']}, greedy: tokens per second, answers equal to its own "
+        "plain ones, our speed over its",
+        ["plain", "assisted", "equal", "ours plain", "ours drafting"],
+    )
+    for kind, figures in (peer["kinds"] | {"all": peer["overall"]}).items():
+        made.add_row(
+            kind,
+            f"{figures['plain_tok_s']:.1f}",
+            f"{figures['assisted_tok_s']:.1f}",
+            figures["assisted_equals_its_plain"],
+            f"{figures['ours_over_its_plain']:.2f}",
+            f"{figures['ours_drafting_over_its_assisted']:.2f}",
+        )
+    return made
+
+
+def new_table(title: str, columns: list[str]) -> Any:
+    """A table with the kind of prompt in its first column, at most 80 characters wide."""
+    from rich.table import Table
+
+    made = Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    made.add_column("", no_wrap=True)
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """The JSON and, beside it under the same name, the chart.
+
+    Raises:
+        OutdraftError: one of them cannot be written.
+    """
+    from outdraft.bench.chart import draw
+    from outdraft.bench.report import write_bytes, write_json
+
+    picture = path.with_suffix(".png")
+    write_json(path, report)
+    write_bytes(picture, draw(report))
+    remark(f"written: {path} and {picture}")

@@ -1,0 +1,308 @@
+"""What a model directory holds, found out from its JSON files and tensor headers alone.
+
+Here: gathering facts, going on after a problem as far as possible. The checks are those of loading
+itself, run over tensors without data. Not here: how the facts are shown (inspect.py).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from outdraft.cache.memory import KVLayer
+from outdraft.errors import ModelError, OutdraftError
+from outdraft.models import gemma4_assistant
+from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.registry import family_of
+from outdraft.speculate.build import read_assistant_config
+from outdraft.text.chat import ChatTemplate
+from outdraft.text.tokenizer import Tokenizer
+from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.config import read_config
+from outdraft.weights.find import find_assistant
+from outdraft.weights.load import ExpectedTensor, IgnoreRule, load_tensors
+from outdraft.weights.quantise import is_int8_channel
+
+KV_BYTES = 4  # keys and values are kept in fp32
+
+# First match wins: part of a tensor's name -> the group that its parameters are counted in.
+PARAMETER_GROUPS = (
+    ("embed_tokens_per_layer", "per-layer embeddings"),
+    ("embed_tokens", "embedding"),
+    ("lm_head", "head"),
+    ("norm", "norms and scalars"),
+    ("scal", "norms and scalars"),
+    ("self_attn", "attention"),
+    ("mlp", "MLP"),
+    ("experts", "experts"),
+    ("router", "router"),
+    ("", "projections and the rest"),
+)
+
+
+class HeadersOnly(Checkpoint):
+    """A checkpoint whose tensors have shapes and types but no data."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor of the `meta` device."""
+        spec = self.spec(name)
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that keeps the model from running, and what to do about it."""
+
+    where: str
+    message: str
+    hint: str
+
+
+@dataclass(slots=True)
+class Checkup:
+    """Facts about one directory; what could not be found out is None or empty.
+
+    `kv_bytes_per_token`: by group of layers, of `window` positions at most where there is one.
+    """
+
+    path: Path
+    kind: Literal["target", "assistant"] = "target"
+    model_type: str | None = None
+    shape: dict[str, str | int | float] = field(default_factory=dict)
+    n_tensors: int | None = None
+    n_bytes: int | None = None
+    stored_params: dict[str, int] = field(default_factory=dict)
+    params_by_group: dict[str, int] = field(default_factory=dict)
+    quantisation: str | None = None
+    ignored: list[dict[str, str | int]] = field(default_factory=list)
+    kv_bytes_per_token: dict[str, int] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
+    tokenizer: dict[str, object] = field(default_factory=dict)
+    drafter: "Checkup | None" = None
+    drafter_reason: str | None = None
+    n_draft_default: int | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def n_params(self) -> int:
+        """Parameters that the model uses."""
+        return sum(self.params_by_group.values())
+
+    def note(self, where: str, error: OutdraftError) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(where, error.message, error.hint))
+
+
+def examine(path: Path, assistant: str | None = None) -> Checkup:
+    """Look at a target's or an assistant's directory.
+
+    Args:
+        assistant: the drafter to pair a target with; None looks for one.
+    """
+    found = Checkup(path)
+    raw = _read_config(found)
+    checkpoint = _open_weights(found)
+    if found.model_type in ASSISTANT_TYPES:
+        _examine_assistant(found, raw, checkpoint)
+        return found
+    config = _examine_target(found, raw, checkpoint)
+    _read_text(found)
+    if config is not None:
+        _find_drafter(found, config, assistant)
+    return found
+
+
+def _read_config(found: Checkup) -> Mapping[str, Any]:
+    try:
+        raw = read_config(found.path)
+    except ModelError as error:
+        found.note("config", error)
+        return {}
+    found.model_type = raw.get("model_type")
+    try:
+        found.quantisation = "int8, one scale a row" if is_int8_channel(raw) else None
+    except ModelError as error:
+        found.note("quantisation", error)
+    return raw
+
+
+def _open_weights(found: Checkup) -> Checkpoint | None:
+    try:
+        checkpoint = HeadersOnly.open(found.path)
+    except ModelError as error:
+        found.note("weights", error)
+        return None
+    specs = [checkpoint.spec(name) for name in checkpoint.names()]
+    stored: Counter[str] = Counter()
+    for spec in specs:
+        stored[_short(spec.dtype)] += spec.n_params
+    found.n_tensors, found.n_bytes, found.stored_params = len(specs), checkpoint.n_bytes, stored
+    return checkpoint
+
+
+def _examine_target(
+    found: Checkup, raw: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> Gemma4Config | None:
+    if not raw:
+        return None
+    try:
+        family = family_of(raw, found.path)
+        config = family.read_config(raw)
+        layers = family.memory_layers(config)
+    except ModelError as error:
+        found.note("config", error)
+        return None
+    found.shape = describe(config)
+    _count_memory(found, layers)
+    _check_tensors(
+        found,
+        checkpoint,
+        family.expected_tensors(config),
+        family.ignore_rules(config),
+        family.prefixes,
+        is_int8=found.quantisation is not None,
+    )
+    return config
+
+
+def _examine_assistant(
+    found: Checkup, raw: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> AssistantConfig | None:
+    found.kind = "assistant"
+    try:
+        config = read_assistant_config(found.path)
+    except ModelError as error:
+        found.note("config", error)
+        return None
+    found.n_draft_default = config.n_draft_default
+    head = f"ordered, {config.n_centroids} centroids" if config.ordered else "dense"
+    found.shape = {
+        **describe(config.text),
+        "target's hidden size": config.backbone_hidden_size,
+        "head": head,
+    }
+    _check_tensors(
+        found,
+        checkpoint,
+        gemma4_assistant.expected_tensors(config),
+        gemma4_assistant.ignore_rules(config),
+        gemma4_assistant.PREFIXES,
+        is_int8=found.quantisation is not None,
+    )
+    return config
+
+
+def _check_tensors(
+    found: Checkup,
+    checkpoint: Checkpoint | None,
+    expected: Mapping[str, ExpectedTensor],
+    ignore: Sequence[IgnoreRule],
+    prefixes: Sequence[str],
+    *,
+    is_int8: bool,
+) -> None:
+    """Load without data: the same errors, and the same report."""
+    groups: Counter[str] = Counter()
+    for name, tensor in expected.items():
+        group = next(label for part, label in PARAMETER_GROUPS if part in name)
+        groups[group] += torch.Size(tensor.shape).numel()
+    found.params_by_group = dict(groups.most_common())
+    if checkpoint is None:
+        return
+    try:
+        _, report = load_tensors(
+            checkpoint,
+            expected,
+            ignore,
+            prefixes=prefixes,
+            dtype=torch.float32,
+            int8_channel=is_int8,
+        )
+    except ModelError as error:
+        found.note("weights", error)
+        return
+    found.ignored = [
+        {"count": g.count, "bytes": g.n_bytes, "example": g.example, "reason": g.reason}
+        for g in report.ignored
+    ]
+
+
+def _count_memory(found: Checkup, layers: Sequence[KVLayer]) -> None:
+    for index, layer in enumerate(layers):
+        if layer.source == index:
+            n_bytes = 2 * layer.n_kv_heads * layer.head_dim * KV_BYTES
+            before = found.kv_bytes_per_token.get(layer.group, 0)
+            found.kv_bytes_per_token[layer.group] = before + n_bytes
+        if layer.window is not None:
+            found.windows[layer.group] = layer.window
+
+
+def _read_text(found: Checkup) -> None:
+    try:
+        tokenizer = Tokenizer.load(found.path)
+        template = ChatTemplate.load(found.path)
+    except ModelError as error:
+        found.note("tokenizer", error)
+        return
+    found.tokenizer = {
+        "tokens": tokenizer.vocab_size,
+        "bos": tokenizer.bos_id,
+        "eos": sorted(tokenizer.eos_ids),
+        "chat template": template is not None,
+    }
+
+
+def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> None:
+    try:
+        choice = find_assistant(found.path, asked)
+    except ModelError as error:
+        found.note("drafter", error)
+        return
+    found.drafter_reason = choice.reason
+    if choice.path is None:
+        return
+    drafter = Checkup(choice.path)
+    found.drafter = drafter
+    assistant = _examine_assistant(drafter, _read_config(drafter), _open_weights(drafter))
+    if assistant is not None:
+        try:
+            gemma4_assistant.check_pair(config, assistant)
+        except ModelError as error:
+            drafter.note("pairing", error)
+
+
+def describe(config: Gemma4Config) -> dict[str, str | int | float]:
+    """A text model's shape in the terms of its config."""
+    kinds = Counter(kind.removesuffix("_attention") for kind in config.layer_types)
+    shape: dict[str, str | int | float] = {
+        "layers": f"{config.n_layers} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
+        "hidden size": config.hidden_size,
+        "MLP": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "window": config.sliding_window,
+        "type": config.dtype,
+    }
+    for kind in dict.fromkeys(config.layer_types):
+        heads = config.attention[config.layer_types.index(kind)]
+        values = ", values made from keys" if heads.k_eq_v else ""
+        shape[f"{kind.removesuffix('_attention')} heads"] = (
+            f"{heads.n_heads} query, {heads.n_kv_heads} key/value of {heads.head_dim}{values}"
+        )
+    if config.num_kv_shared_layers:
+        shape["layers that share keys and values"] = config.num_kv_shared_layers
+    if config.ple_size:
+        shape["per-layer embedding"] = config.ple_size
+    if config.moe is not None:
+        shape["experts"] = (
+            f"{config.moe.n_experts}, {config.moe.top_k} a token, "
+            f"inner size {config.moe.intermediate_size}"
+        )
+    return shape
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

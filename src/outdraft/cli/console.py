@@ -1,0 +1,39 @@
+"""Where the commands write: results to stdout, remarks and errors to stderr.
+
+Colours, NO_COLOR and whether there is a terminal are rich's business.
+"""
+
+from rich.console import Console
+from rich.text import Text
+
+# What a model writes is foreign: control characters could drive the terminal. They become visible.
+_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_CONTROL_PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
+def results() -> Console:
+    """The console of stdout."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def remarks() -> Console:
+    """The console of stderr."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def remark(text: str) -> None:
+    """A line on stderr beside the result."""
+    remarks().print(Text(harmless(text), style="dim"))
+
+
+def complain(message: str, hint: str) -> None:
+    """An error on stderr: what is wrong, and below it what to do."""
+    block = Text.assemble(("error: ", "bold red"), harmless(message))
+    if hint:
+        block.append(f"\n  {harmless(hint)}", style="dim")
+    remarks().print(block)
+
+
+def harmless(text: str) -> str:
+    """The text with control characters, except line breaks and tabs, as visible signs."""
+    return text.translate(_CONTROL_PICTURES)

@@ -1,0 +1,247 @@
+"""The engine and the Python API: load a model, add requests, run steps, read events.
+
+Here: `LLM`. Not here: what a step does (runner.py) and who is in it (scheduler.py).
+"""
+
+import itertools
+import secrets
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from outdraft.cache.memory import Memory
+from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
+from outdraft.engine.runner import Runner
+from outdraft.engine.scheduler import Scheduler
+from outdraft.engine.sequence import Sequence, check_prompt
+from outdraft.errors import OutdraftError, PromptError
+from outdraft.models.registry import load_target
+from outdraft.request import FinishReason, Request, SamplingParams, TokenEvent
+from outdraft.speculate.build import build_drafter
+from outdraft.speculate.stats import DraftStats, StepTimes
+from outdraft.text.chat import ChatTemplate
+from outdraft.text.stream import IncrementalDetokenizer, StopStrings
+from outdraft.text.tokenizer import Tokenizer
+from outdraft.weights.find import resolve_model
+
+
+@dataclass(slots=True)
+class Completion:
+    """What one request produced. Times are seconds: `prefill_s` up to the first token."""
+
+    prompt_tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    stats: DraftStats = field(default_factory=DraftStats)
+    times: StepTimes = field(default_factory=StepTimes)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def timings(self) -> dict[str, float | int]:
+        """The same under llama.cpp's names; rates per second, times in milliseconds."""
+        n_decoded = max(0, len(self.tokens) - 1)  # the first token belongs to the prompt's pass
+        return {
+            "prompt_n": len(self.prompt_tokens),
+            "prompt_ms": self.prefill_s * 1e3,
+            "prompt_per_second": _rate(len(self.prompt_tokens), self.prefill_s),
+            "predicted_n": len(self.tokens),
+            "predicted_ms": self.decode_s * 1e3,
+            "predicted_per_second": _rate(n_decoded, self.decode_s),
+            "draft_n": self.stats.n_drafted,
+            "draft_n_accepted": self.stats.n_accepted,
+        }
+
+
+class LLM:
+    """A model that generates, drafting when it has a drafter.
+
+    >>> with LLM("demo") as llm:
+    ...     print(llm.generate("def add(a, b):", SamplingParams(max_tokens=32)).text)
+
+    Args:
+        model: `demo`, a directory, or a Hugging Face id that has been downloaded.
+        config: how to load and run it.
+
+    Raises:
+        ModelError: the model, or a drafter that was asked for, cannot be used.
+    """
+
+    def __init__(self, model: str, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        path = resolve_model(model)
+        self.target = load_target(path, self.config.dtype)
+        self.pairing = build_drafter(self.target, self.config)
+        self.tokenizer = Tokenizer.load(path)
+        self.template = ChatTemplate.load(path)
+        limit = self.target.config.max_position_embeddings
+        self.ctx_size = min(limit, self.config.ctx_size or DEFAULT_CTX_SIZE)
+        family = self.target.family
+        self.memory = Memory(
+            family.memory_layers(self.target.config),
+            max_sequences=self.config.max_sequences,
+            max_tokens=self.ctx_size,
+            max_rows=max(self.config.prefill_chunk, self.pairing.n_draft_max + 1),
+            # The reference operations compute attention in fp32; the keys are kept so.
+            dtype=torch.float32,
+        )
+        self.runner = Runner(self.target, self.pairing.drafter, self.memory)
+        self.scheduler = Scheduler(
+            max_sequences=self.config.max_sequences,
+            prefill_chunk=self.config.prefill_chunk,
+            n_draft_max=self.pairing.n_draft_max,
+        )
+        self._ids = itertools.count()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for sequence_id in [*self.scheduler.running, *(s.id for s in self.scheduler.waiting)]:
+            self.abort(sequence_id)
+
+    def set_draft_n_max(self, k: int) -> None:
+        """Draft at most k tokens from the next step on; 0 decodes plainly.
+
+        Raises:
+            OutdraftError: there is no drafter, or k is more than memory was planned for.
+        """
+        if not 0 <= k <= self.pairing.n_draft_max:
+            raise OutdraftError(
+                f"draft length {k} is not possible here",
+                f"use 0 to {self.pairing.n_draft_max} ({self.pairing.reason})",
+            )
+        self.scheduler.n_draft_max = k
+
+    def encode(self, prompt: str | Seq[int]) -> tuple[int, ...]:
+        """Token ids of a prompt: text gets `<bos>`, ids are taken as they are."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise PromptError("the prompt is empty", "give some text")
+            return tuple(self.tokenizer.encode(prompt))
+        return tuple(prompt)
+
+    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template.
+
+        Raises:
+            PromptError: the model has no template, or the template refuses the messages.
+        """
+        if self.template is None:
+            raise PromptError(
+                f"{self.target.path} has no chat template", "use `generate` with plain text"
+            )
+        return tuple(self.tokenizer.encode(self.template.render(messages, **options)))
+
+    def add(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Sequence:
+        """Queue a request; its events come out of `step`.
+
+        Raises:
+            PromptError: the prompt cannot be run.
+        """
+        params = params or SamplingParams()
+        prompt_tokens = self.encode(prompt)
+        check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
+        request = Request(f"r{next(self._ids)}", prompt_tokens, params)
+        limit = self.ctx_size
+        if params.max_tokens is not None:
+            limit = min(limit, len(prompt_tokens) + params.max_tokens)
+        end_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids |= set(self.tokenizer.eos_ids)
+        sequence = Sequence(
+            request=request,
+            seed=secrets.randbits(62) if params.seed is None else params.seed,
+            limit=limit,
+            end_ids=frozenset(end_ids),
+            detokenizer=IncrementalDetokenizer(self.tokenizer, list(prompt_tokens)),
+            stop_strings=StopStrings(params.stop),
+            tokens=list(prompt_tokens),
+        )
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step of everything in progress; [] when there is nothing to do."""
+        for sequence in self.scheduler.admit():
+            self.runner.open(sequence)
+        if not self.scheduler.running:
+            return []
+        running = self.scheduler.running
+        events = self.runner.execute(self.scheduler.plan(), running)
+        for sequence in [s for s in running.values() if s.finish_reason is not None]:
+            self.scheduler.remove(sequence.id)
+            self.runner.close(sequence)
+        return events
+
+    def abort(self, sequence_id: str) -> TokenEvent | None:
+        """End a request now; its last event, or None if it is not in progress."""
+        was_running = sequence_id in self.scheduler.running
+        sequence = self.scheduler.remove(sequence_id)
+        if sequence is None:
+            return None
+        if was_running:
+            self.runner.close(sequence)
+        return sequence.abort(FinishReason.ABORT)
+
+    def stream(
+        self, prompt: str | Seq[int], params: SamplingParams | None = None
+    ) -> Iterator[TokenEvent]:
+        """Events of one request as they come. Closing the iterator aborts the request."""
+        sequence = self.add(prompt, params)
+        try:
+            while sequence.finish_reason is None:
+                yield from (e for e in self.step() if e.request_id == sequence.id)
+        finally:
+            self.abort(sequence.id)
+
+    def generate(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Completion:
+        """Run one request to its end."""
+        return self.generate_all([prompt], params)[0]
+
+    def generate_all(
+        self,
+        prompts: Seq[str | Seq[int]],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Run many requests, as many at once as `max_sequences` allows; results in their order."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        sequences = [self.add(p, q) for p, q in zip(prompts, params, strict=True)]
+        texts: dict[str, list[str]] = {s.id: [] for s in sequences}
+        while any(s.finish_reason is None for s in sequences):
+            for event in self.step():
+                if event.request_id in texts:
+                    texts[event.request_id].append(event.text)
+        return [completion_of(s, "".join(texts[s.id])) for s in sequences]
+
+    def chat(
+        self, messages: list[dict[str, Any]], params: SamplingParams | None = None
+    ) -> Completion:
+        """Answer a conversation (`[{"role": "user", "content": …}, …]`)."""
+        return self.generate(self.render_chat(messages), params)
+
+
+def completion_of(sequence: Sequence, text: str) -> Completion:
+    """The result of a sequence so far, with the text that its events carried."""
+    return Completion(
+        prompt_tokens=list(sequence.request.prompt_tokens),
+        tokens=sequence.output,
+        text=text,
+        finish_reason=sequence.finish_reason,
+        stats=replace(sequence.stats),
+        times=replace(sequence.times),
+        prefill_s=sequence.prefill_s,
+        decode_s=sequence.decode_s,
+    )
+
+
+def _rate(n: int, seconds: float) -> float:
+    return n / seconds if seconds > 0 else 0.0

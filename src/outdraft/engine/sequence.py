@@ -1,0 +1,123 @@
+"""One request in progress, and the one place where tokens are added to it.
+
+A block that was verified, a stop string inside it, `max_tokens` and the end of the context are all
+the same event: keep the first n of these tokens. `Sequence.keep` is it. No tensors here.
+"""
+
+from dataclasses import dataclass, field
+
+from outdraft.errors import PromptError
+from outdraft.request import FinishReason, Request, TokenEvent
+from outdraft.speculate.stats import DraftStats, StepTimes
+from outdraft.text.stream import IncrementalDetokenizer, StopStrings
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request's state. `tokens` is prompt and output; `n_computed` of them are in memory.
+
+    `limit` is the number of tokens at which it ends: max_tokens or the context. `seed` is the
+    request's own or a drawn one. `end_ids` are the tokens that end it.
+    """
+
+    request: Request
+    seed: int
+    limit: int
+    end_ids: frozenset[int]
+    detokenizer: IncrementalDetokenizer
+    stop_strings: StopStrings
+    tokens: list[int] = field(default_factory=list)
+    n_computed: int = 0
+    finish_reason: FinishReason | None = None
+    stats: DraftStats = field(default_factory=DraftStats)
+    times: StepTimes = field(default_factory=StepTimes)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens emitted so far."""
+        return self.tokens[len(self.request.prompt_tokens) :]
+
+    @property
+    def n_pending(self) -> int:
+        """Committed tokens that have not been through the target; 1 while decoding."""
+        return len(self.tokens) - self.n_computed
+
+    @property
+    def draft_room(self) -> int:
+        """Most drafts that can be of use: the target adds one token of its own to them."""
+        return self.limit - len(self.tokens) - 1
+
+    def keep(self, tokens: list[int], n_drafted: int) -> list[TokenEvent]:
+        """Add verified tokens until the first that ends the sequence.
+
+        Args:
+            tokens: what verification let through, in order, at least one.
+            n_drafted: how many of them, from the front, were drafts.
+
+        Returns:
+            One event for each token kept; the rest of the block is dropped.
+        """
+        events = []
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            text = self._advance(token)
+            events.append(TokenEvent(self.id, token, text, i < n_drafted, self.finish_reason))
+            if self.finish_reason is not None:
+                break
+        return events
+
+    def abort(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """End without a further token; text held back so far comes out."""
+        self.finish_reason = reason
+        text = self._flush()
+        return TokenEvent(self.id, None, text, False, reason, error)
+
+    def _advance(self, token: int) -> str:
+        """The text that `token` sets free; sets `finish_reason` if it is the last."""
+        if token in self.end_ids:
+            self.finish_reason = FinishReason.STOP
+            return self._flush()
+        text, stop = self.stop_strings.push(self.detokenizer.push(token))
+        if stop is not None:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.tokens) >= self.limit:
+            text += self._flush()
+            self.finish_reason = self.finish_reason or FinishReason.LENGTH
+        return text
+
+    def _flush(self) -> str:
+        """What was held back: half a character as U+FFFD, a beginning of a stop string as it is."""
+        text, stop = self.stop_strings.push(self.detokenizer.flush())
+        if stop is not None:
+            self.finish_reason = FinishReason.STOP
+            return text
+        return text + self.stop_strings.flush()
+
+
+def check_prompt(tokens: tuple[int, ...], vocab_size: int, ctx_size: int) -> None:
+    """Refuse a prompt that cannot be run.
+
+    Raises:
+        PromptError: it is empty, has an id outside the vocabulary, or leaves no room in the
+            context for a single token.
+    """
+    if not tokens:
+        raise PromptError("the prompt is empty", "give at least one token")
+    bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise PromptError(
+            f"token id {bad} is outside the vocabulary of {vocab_size}",
+            "use ids of this model's tokenizer",
+        )
+    if len(tokens) >= ctx_size:
+        raise PromptError(
+            f"the prompt has {len(tokens)} tokens and the context holds {ctx_size}",
+            "shorten the prompt, or raise --ctx-size if the model allows",
+        )

@@ -1,0 +1,73 @@
+"""Drawing a token: random numbers that belong to a position, and the inverse of a distribution.
+
+Nothing here has a state. A number depends on the request's seed, the token's absolute position and
+what it is for, so it cannot depend on the batch, on preemption, or on how often a position was
+drafted before. Why that is lossless is in speculate/verify.py. Two requests with one seed draw the
+same numbers. Not here: how the distribution is formed (logits.py).
+
+Shapes: V vocabulary.
+"""
+
+import enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outdraft.errors import OutdraftError
+
+
+class Purpose(enum.IntEnum):
+    """What a random number decides. Each purpose is a stream of its own.
+
+    ACCEPT and TARGET must be independent: the residual is drawn only when the accept number was
+    high, so the same number would reach only the upper end of the residual's cumulative sum.
+    DRAFT and ACCEPT must be independent: the accept test has to succeed with probability p/q for
+    the very token that the draft number chose.
+    """
+
+    DRAFT = 1  # the drafter's token at this position
+    ACCEPT = 2  # whether the drafted token at this position stays
+    TARGET = 3  # the target's own token at this position: residual, bonus, or plain decoding
+
+
+def uniforms(seed: int, position: int, purpose: Purpose, n: int = 1) -> list[float]:
+    """n numbers in [0, 1) with 53 random bits, a function of the arguments alone.
+
+    Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the seed
+    as key and position and purpose in the upper words of the counter, which leaves the lower words
+    to the n numbers.
+
+    Args:
+        seed: 0 .. 2^63 - 1.
+        position: index of the token in its sequence, the prompt included.
+        purpose: what the numbers decide.
+        n: how many.
+    """
+    bits = np.random.Philox(key=seed, counter=[0, 0, position, int(purpose)]).random_raw(n)
+    return [int(word) * 2.0**-53 for word in bits >> np.uint64(11)]
+
+
+def sample(probs_V: Tensor, u: float) -> int:
+    """The token at u of the cumulative distribution; never one of probability 0.
+
+    The sum may be off 1: u is a share of the actual sum, which is taken in fp64.
+
+    Args:
+        probs_V: not negative.
+        u: in [0, 1).
+
+    Raises:
+        OutdraftError: the probabilities hold NaN or infinity, or are all 0.
+    """
+    assert 0 <= u < 1
+    mass_V = probs_V.double().cumsum(0)
+    total = float(mass_V[-1])
+    if not 0 < total < float("inf"):
+        raise OutdraftError(
+            f"no token can be drawn: the probabilities sum to {total}",
+            "the model's logits are damaged or all excluded: try --dtype float32, or check the "
+            "weights and the tokens that are excluded",
+        )
+    # The first entry beyond u: its mass is greater than its predecessor's, so its own is not 0.
+    return int(torch.searchsorted(mass_V, u * total, right=True))

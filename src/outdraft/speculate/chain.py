@@ -1,0 +1,53 @@
+"""Drafting one token after another: what every autoregressive drafter calls.
+
+Shapes: B sequences, K draft length, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from outdraft.sampling.logits import distribution, greedy
+from outdraft.sampling.sampler import Purpose, sample, uniforms
+from outdraft.speculate.drafter import Draft, SequenceView
+
+
+def draft_chain(
+    sequences: list[SequenceView],
+    k: int,
+    step: Callable[[Tensor], Tensor],
+    *,
+    sample_drafts: bool = True,
+) -> Draft:
+    """Draft k tokens for every sequence.
+
+    Args:
+        sequences: the sequences of the view; draft i of one stands at position n + i.
+        k: number of tokens, at least 1.
+        step: takes the newest token of every sequence, int64 [B], and returns fp32 scores [B, V]
+            of the next. It is called k times in order.
+        sample_drafts: at temperature > 0, draw from the drafter's distribution (accepted more
+            often); otherwise its most probable token, a point mass.
+    """
+    newest_B = torch.tensor([sequence.tokens[-1] for sequence in sequences])
+    probs: list[list[Tensor]] = [[] for _ in sequences]
+    tokens: list[Tensor] = []
+    for i in range(k):
+        logits_BV = step(newest_B)
+        newest_B = greedy(logits_BV)
+        if sample_drafts:
+            for b, sequence in enumerate(sequences):
+                if sequence.params.greedy:
+                    continue
+                q_V = distribution(logits_BV[b : b + 1], sequence.params)[0]
+                u = uniforms(sequence.seed, sequence.n + i, Purpose.DRAFT)[0]
+                newest_B[b] = sample(q_V, u)
+                probs[b].append(q_V)
+        tokens.append(newest_B)
+        newest_B = newest_B.clone()
+    return Draft(
+        tokens_BK=torch.stack(tokens, dim=1),
+        probs=[torch.stack(q) if q else None for q in probs],
+        lengths=[k] * len(sequences),
+    )

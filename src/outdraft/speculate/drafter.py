@@ -1,0 +1,95 @@
+"""What a drafter is: the interface that everything which guesses tokens keeps to.
+
+A drafter sees the target through a `TargetView` and returns a `Draft`. It never decides what is
+emitted: `verify.py` does, and what it emits is the target's whatever was drafted. Not here: which
+drafter a model gets (build.py), how many tokens to draft (engine/plan.py).
+
+Shapes: B sequences, K draft length, V vocabulary, H hidden size of the target.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from outdraft.cache.memory import Memory
+from outdraft.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """What a drafter reads of the target's last step. The default is nothing.
+
+    `final_hidden`: states after the final norm. `hidden_layers`: outputs of these layers.
+    `kv_groups`: groups of the target's memory whose last owning layer is read.
+    """
+
+    final_hidden: bool = False
+    hidden_layers: tuple[int, ...] = ()
+    kv_groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One sequence of a `TargetView`.
+
+    `tokens` are all committed tokens; the newest has not been through the target. `seed` is the
+    request's, already drawn if the user gave none.
+    """
+
+    id: str
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    hidden_H: Tensor | None
+
+    @property
+    def n(self) -> int:
+        """Committed tokens; the target's valid keys and values are positions 0 .. n - 2."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetView:
+    """What drafters may read: committed tokens, the taps asked for, and the target's embedding."""
+
+    sequences: list[SequenceView]
+    memory: Memory
+    embed: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Guesses for the next tokens of B sequences.
+
+    `tokens_BK` is int64, of which the first `lengths[b]` count. `probs[b]` is None for a point mass
+    (argmax, n-gram); otherwise the distributions fp32 [K, V] that the tokens were drawn from.
+    """
+
+    tokens_BK: Tensor
+    probs: list[Tensor | None]
+    lengths: list[int]
+
+
+class Drafter(Protocol):
+    """Guesses tokens. `name` is the value of `--spec-type` that asks for it."""
+
+    name: str
+    needs: Taps
+
+    def open(self, sequence: str) -> None:
+        """A sequence begins."""
+        ...
+
+    def close(self, sequence: str) -> None:
+        """A sequence has ended."""
+        ...
+
+    def propose(self, view: TargetView, k: int) -> Draft:
+        """Guess up to k tokens for every sequence of the view."""
+        ...
+
+    def commit(self, view: TargetView, n_accepted: list[int]) -> None:
+        """The target has kept `n_accepted[b]` of the drafts; the view is the one proposed from."""
+        ...

@@ -1,0 +1,205 @@
+"""Tiny random models of every shape, as configs, weights, or Hugging Face directories on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from outdraft.models import gemma4, gemma4_assistant
+from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.weights.load import ExpectedTensor
+
+VOCAB = 512
+S, F = "sliding_attention", "full_attention"
+
+_ROPE = {
+    S: {"rope_type": "default", "rope_theta": 10000.0},
+    F: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+}
+
+_BASE: dict[str, Any] = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "layer_types": [S, S, S, F],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": None,
+    "attention_k_eq_v": False,
+    "sliding_window": 96,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": _ROPE,
+    "final_logit_softcapping": 30.0,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "enable_moe_block": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    # 31B: full layers make their values from the keys, with fewer and wider heads
+    "dense": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    # 26B-A4B: experts beside the dense MLP
+    "moe": {
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 40,
+    },
+    # E2B: per-layer embeddings, layers that share keys and values, wider MLPs there
+    "e2b": {
+        "num_hidden_layers": 6,
+        "layer_types": [S, S, F, S, S, F],
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+    },
+    # a window that the tests' prompts run past
+    "window": {"sliding_window": 24},
+}
+
+
+def target_config(shape: str = "plain", **changes: Any) -> dict[str, Any]:
+    """config.json of a tiny target."""
+    return json.loads(json.dumps(_BASE | SHAPES[shape] | changes))
+
+
+def assistant_config(target: dict[str, Any], *, ordered: bool = False) -> dict[str, Any]:
+    """config.json of a tiny assistant of that target."""
+    text = target | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "layer_types": [S, S, S, F],
+        "num_kv_shared_layers": 4,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "use_double_wide_mlp": False,
+        "enable_moe_block": False,
+        "final_logit_softcapping": None,
+    }
+    return {
+        "architectures": ["Gemma4AssistantForCausalLM"],
+        "model_type": "gemma4_assistant",
+        "backbone_hidden_size": target["hidden_size"],
+        "use_ordered_embeddings": ordered,
+        "num_centroids": 16,
+        "centroid_intermediate_top_k": 4,
+        "tie_word_embeddings": True,
+        "text_config": text,
+        "dtype": target["dtype"],
+    }
+
+
+def random_tensors(
+    expected: dict[str, ExpectedTensor], seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random weights that keep activations lively: unit-size outputs, norms around one."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, spec in expected.items():
+        x = torch.randn(spec.shape, generator=generator)
+        if name.endswith("token_ordering"):
+            tensors[name] = torch.randperm(spec.shape[0], generator=generator)
+            continue
+        if name.endswith("layer_scalar"):
+            x = 0.7 + 0.1 * x
+        elif len(spec.shape) == 1:
+            x = 1 + 0.2 * x
+        elif name == "embed_tokens.weight":
+            x = 0.3 * x
+        else:
+            x = x * spec.shape[-1] ** -0.5
+        tensors[name] = x.to(dtype)
+    return tensors
+
+
+def target_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of a target, canonical names."""
+    return random_tensors(gemma4.expected_tensors(Gemma4Config.from_hf(config)), seed)
+
+
+def assistant_weights(config: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
+    """Random weights of an assistant, canonical names."""
+    expected = gemma4_assistant.expected_tensors(AssistantConfig.from_hf(config))
+    return random_tensors(expected, seed)
+
+
+def write_tokenizer(path: Path, vocab: int = VOCAB) -> None:
+    """A byte-level tokenizer of the given size: specials, 256 bytes, then unused tokens."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*specials, *alphabet]
+    names += [f"<unused{i}>" for i in range(vocab - len(names))]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|turn>{{ m['role'] }}\n{{ m['content'] }}<turn|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+    )
+    config = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_model(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    prefix: str = "model.",
+    generation: dict[str, Any] | None = None,
+) -> Path:
+    """A Hugging Face directory. Tensors outside the text model keep their names."""
+    path.mkdir(parents=True, exist_ok=True)
+    outside = ("lm_head.", "pre_projection.", "post_projection.", "masked_embedding.")
+    named = {
+        name if name.startswith(outside) else prefix + name: tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text(json.dumps(generation or {"eos_token_id": [1]}))
+    write_tokenizer(path, config.get("text_config", config)["vocab_size"])
+    return path
+
+
+def tiny_target(path: Path, shape: str = "plain", *, seed: int = 0, **changes: Any) -> Path:
+    """A tiny random target on disk."""
+    config = target_config(shape, **changes)
+    return write_model(path, config, target_weights(config, seed))
+
+
+def tiny_assistant(
+    path: Path, target: Path, *, ordered: bool = False, seed: int = 1, **changes: Any
+) -> Path:
+    """A tiny random assistant of the target at `target`; `changes` go to its top-level config."""
+    config = assistant_config(json.loads((target / "config.json").read_text()), ordered=ordered)
+    config |= changes
+    return write_model(
+        path, config, assistant_weights(config, seed), generation={"num_assistant_tokens": 4}
+    )
