@@ -7,8 +7,20 @@ from outdraft.errors import OutdraftError
 
 SpecType = Literal["auto", "off", "gemma4-assistant"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Backend = Literal["auto", "cpu", "reference"]
+Quant = Literal["auto", "bf16", "w8", "w4"]
+KvDType = Literal["bf16", "int8", "fp32"]
 
 DEFAULT_CTX_SIZE = 8192
+
+
+CHOICES = (
+    ("spec_type", SpecType),
+    ("backend", Backend),
+    ("dtype", DType),
+    ("quant", Quant),
+    ("kv_dtype", KvDType),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +33,12 @@ class EngineConfig:
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token.
-        dtype: compute type of the weights; `auto` is the checkpoint's.
+        backend: `cpu` is the compiled kernels, `reference` plain PyTorch; `auto` takes the kernels
+            unless a dtype is asked for, which only the reference has.
+        dtype: of the reference's weights and activations; `auto` is the checkpoint's.
+        quant: how the kernels store weights: bf16, 8 bits a row, or 4 bits a group of 32; `auto`
+            keeps an int8 checkpoint at 8 bits and any other in bf16.
+        kv_dtype: how the kernels store keys and values.
         ctx_size: longest sequence in tokens, prompt included; None is the model's, at most 8192.
         max_sequences: sequences in progress at once.
         prefill_chunk: most prompt tokens computed in one step.
@@ -35,14 +52,17 @@ class EngineConfig:
     assistant: str | None = None
     draft_n_max: int | None = None
     sample_drafts: bool = True
+    backend: Backend = "auto"
     dtype: DType = "auto"
+    quant: Quant = "auto"
+    kv_dtype: KvDType = "bf16"
     ctx_size: int | None = None
     max_sequences: int = 4
     prefill_chunk: int = 512
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("spec_type", SpecType), ("dtype", DType)):
+        for name, allowed in CHOICES:
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise OutdraftError(f"{name} is {value!r}", f"use one of {get_args(allowed)}")

@@ -14,7 +14,6 @@ from outdraft.ops.base import PAGE_SLOTS, Heads, Rotary
 from outdraft.ops.reference import ReferenceOps
 
 
-
 class RawOps(ReferenceOps):
     """Stores keys and values as they come."""
 

@@ -4,7 +4,6 @@ A drafter that knows the answer makes whole blocks acceptable, so every end fall
 sooner or later; with drafting the result has to be that of plain decoding.
 """
 
-
 import pytest
 import torch
 

@@ -103,8 +103,8 @@ def test_packing_floats_quantises_to_the_nearest(format: Format, rng: torch.Gene
     better = PackedLinear.pack(weight, format, candidates=16)
     ops = CpuOps()
     rows = torch.arange(37, dtype=torch.int32)
-    plain = ops.embed(packed, rows, 1.0, torch.empty(37, 100))
-    tuned = ops.embed(better, rows, 1.0, torch.empty(37, 100))
+    plain = ops.embed_into(packed, rows, 1.0, torch.empty(37, 100))
+    tuned = ops.embed_into(better, rows, 1.0, torch.empty(37, 100))
     steps = 254 if format == "w8" else 15
     widest = weight.abs().amax(dim=1, keepdim=True)
     assert ((plain - weight).abs() <= 1.05 * 2 * widest / steps).all()
@@ -138,10 +138,8 @@ def test_zero_rows_stay_zero(ops: CpuOps, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_embedding_rows(
-    ops: CpuOps, case: tuple[Format, int, bool], rng: torch.Generator
-) -> None:
+def test_embedding_rows(ops: CpuOps, case: tuple[Format, int, bool], rng: torch.Generator) -> None:
     packed, weight = random_packed(case, 45, 70, rng)
     tokens = torch.randint(0, 45, (9,), generator=rng, dtype=torch.int32)
-    rows = ops.embed(packed, tokens, 3.5, torch.empty(9, 70))
+    rows = ops.embed_into(packed, tokens, 3.5, torch.empty(9, 70))
     torch.testing.assert_close(rows.double(), weight[tokens.long()] * 3.5, rtol=3e-7, atol=1e-7)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.cpu import AttentionRows, CpuOps, KvPages, PageSlots, Program, Rotary
+from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
+from outdraft.ops.cpu import CpuOps, Program
 from outdraft.ops.packed import PackedLinear
 
 
@@ -41,7 +42,7 @@ class Layer:
     def forward(self, ops: CpuOps) -> Tensor:
         n_rows = self.tokens.shape[0]
         rotary = Rotary(self.cos, self.sin, self.position)
-        x = ops.embed(self.embedding, self.tokens, 8.0, torch.empty(n_rows, 64))
+        x = ops.embed_into(self.embedding, self.tokens, 8.0, torch.empty(n_rows, 64))
         heads = ops.linear(ops.rms_norm(x, self.norm, 1e-6), self.qkv).view(n_rows, 8, 32)
         q = ops.norm_rope(heads[:, :4], None, rotary, 1e-6)
         slots = PageSlots(self.page, self.position)
@@ -50,7 +51,7 @@ class Layer:
         rows = AttentionRows(self.table, self.start, self.sequence, self.lo, self.position)
         mixed = ops.attention(q, self.kv, rows, 1.0).view(n_rows, -1)
         x, after = ops.add_norm(ops.linear(mixed, self.out), x, self.norm, 1e-6)
-        return ops.argmax(ops.softcap_(ops.linear(after, self.embedding), 30.0))
+        return ops.argmax(ops.softcap(ops.linear(after, self.embedding), 30.0))
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 12])

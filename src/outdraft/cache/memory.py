@@ -53,9 +53,10 @@ class _Table:
 class _Group:
     """Layers that share page tables."""
 
-    def __init__(self, window: int | None, n_pages: int) -> None:
+    def __init__(self, window: int | None, max_pages: int, max_sequences: int) -> None:
         self.window = window
-        self.pool = PagePool(n_pages)
+        self.max_pages = max_pages  # of one sequence
+        self.pool = PagePool(max_pages * max_sequences)
         self.layers: dict[int, KvPages] = {}
         self.tables: dict[str, _Table] = {}
 
@@ -88,8 +89,8 @@ class Memory:
                 reach = max_tokens
                 if layer.window is not None:
                     reach = min(reach, layer.window + max_rows + PAGE_SLOTS)
-                n_pages = max_sequences * (-(-reach // PAGE_SLOTS) + 1)
-                self.groups[layer.group] = _Group(layer.window, n_pages)
+                n_pages = -(-reach // PAGE_SLOTS) + 1
+                self.groups[layer.group] = _Group(layer.window, n_pages, max_sequences)
             group = self.groups[layer.group]
             if layer.source == index:
                 group.layers[index] = empty_pages(
@@ -194,6 +195,12 @@ class Memory:
             lo_T=_int32(lo),
             hi_T=_int32(hi),
         )
+
+    def widest(self, group: str, rows: AttentionRows) -> AttentionRows:
+        """The same rows with a page table as wide as any sequence's can get."""
+        wide = torch.zeros(rows.table_BP.shape[0], self.groups[group].max_pages, dtype=torch.int32)
+        wide[:, : rows.table_BP.shape[1]] = rows.table_BP
+        return AttentionRows(wide, rows.first_page_B, rows.sequence_T, rows.lo_T, rows.hi_T)
 
     def positions(self, span: Span) -> range:
         """Where the next rows of a sequence stand."""

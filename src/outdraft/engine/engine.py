@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from outdraft.cache.memory import Memory
-from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
+from outdraft.config import EngineConfig
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
@@ -77,12 +77,11 @@ class LLM:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         path = resolve_model(model)
-        self.target = load_target(path, self.config.dtype)
+        self.target = load_target(path, self.config)
         self.pairing = build_drafter(self.target, self.config)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
-        limit = self.target.config.max_position_embeddings
-        self.ctx_size = min(limit, self.config.ctx_size or DEFAULT_CTX_SIZE)
+        self.ctx_size = self.target.ctx_size
         family = self.target.family
         self.memory = Memory(
             family.memory_layers(self.target.config),

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import CausalAttend
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.plan import StepPlan, Work
+from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.engine.plan import StepPlan
 from outdraft.engine.sequence import Sequence
+from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
-from outdraft.ops.reference import pad_rows
 from outdraft.request import TokenEvent
-from outdraft.sampling.logits import distribution, greedy
+from outdraft.sampling.logits import distribution
 from outdraft.sampling.sampler import Purpose, uniforms
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict, verify_greedy, verify_sampled
@@ -34,6 +34,9 @@ class Block:
     probs_KV: Tensor | None = None
 
 
+NO_DRAFTS = Block([])
+
+
 class Runner:
     """Runs steps of one target, with or without a drafter."""
 
@@ -41,6 +44,7 @@ class Runner:
         self.target = target
         self.drafter = drafter
         self.memory = memory
+        self.target_pass = TargetPass(target, memory)
         self.hidden: dict[str, Tensor] = {}
         self.logits_log: dict[str, list[Tensor]] | None = None
         """Set to a dict to record the logits [V] behind every emitted token, by sequence."""
@@ -64,26 +68,28 @@ class Runner:
         start = time.perf_counter()
         view, blocks = self._propose(plan, sequences)
         drafted = time.perf_counter()
-        hidden_TH = self._forward(plan, sequences, blocks)
-        ready = [w for w in plan.work if w.n_rows == sequences[w.sequence].n_pending]
-        logits = self._logits(plan, ready, hidden_TH)
+        done = self._forward(plan, sequences, blocks)
         forwarded = time.perf_counter()
-        events, accepted = [], {}
-        first = 0
+        events: list[TokenEvent] = []
+        accepted = {}
+        row = scored = 0
         for work in plan.work:
             sequence = sequences[work.sequence]
-            n_rows = work.n_rows + work.n_drafts
-            rows_H = hidden_TH[first : first + n_rows]
-            first += n_rows
+            block = blocks.get(work.sequence, NO_DRAFTS)
+            n_rows = work.n_rows + len(block.tokens)
+            rows_H = done.hidden_TH[row : row + n_rows]
+            row += n_rows
             self.memory.advance(sequence.id, n_rows)
-            if work.sequence not in logits:  # a prompt with more chunks to come
+            if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
                 self._keep_rows(sequence, rows_H, work.n_rows)
                 continue
-            block = blocks.get(work.sequence, Block([]))
-            verdict = self._verify(sequence, block, logits[work.sequence])
+            scores = slice(scored, scored + len(block.tokens) + 1)
+            scored = scores.stop
+            logits_RV = done.logits_RV[scores]
+            verdict = self._verify(sequence, block, logits_RV, done.best_R[scores])
             self._keep_rows(sequence, rows_H, work.n_rows + verdict.n_accepted)
             accepted[sequence.id] = verdict.n_accepted
-            events += self._commit(sequence, block, verdict, logits[work.sequence])
+            events += self._commit(sequence, block, verdict, logits_RV)
         if view is not None and self.drafter is not None:
             self.drafter.commit(view, [accepted[s.id] for s in view.sequences])
         self._clock(plan, sequences, start, drafted, forwarded)
@@ -99,7 +105,7 @@ class Runner:
         for w in work:
             s = sequences[w.sequence]
             views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, self.hidden[s.id]))
-        view = TargetView(views, self.memory, self.target.model.embed)
+        view = TargetView(views, self.memory, self.target.model.embed, self.target.ops)
         draft = self.drafter.propose(view, max(w.n_drafts for w in work))
         blocks = {}
         for b, w in enumerate(work):
@@ -112,53 +118,39 @@ class Runner:
 
     def _forward(
         self, plan: StepPlan, sequences: Mapping[str, Sequence], blocks: Mapping[str, Block]
-    ) -> Tensor:
+    ) -> Pass:
         tokens: list[int] = []
         positions: list[int] = []
+        wanted: list[int] = []
         spans = []
         for w in plan.work:
             sequence = sequences[w.sequence]
-            at = sequence.n_computed
-            rows = sequence.tokens[at : at + w.n_rows] + blocks.get(w.sequence, Block([])).tokens
-            spans.append(Span(w.sequence, len(tokens), len(rows)))
-            tokens += rows
-            positions += range(at, at + len(rows))
-            self.memory.reserve(w.sequence, len(rows))
-        # Padded once here, so that no operation has to.
-        multiple = self.target.ops.row_multiple
-        token_T = pad_rows(torch.tensor(tokens, dtype=torch.int32), multiple)
-        position_T = pad_rows(torch.tensor(positions, dtype=torch.int32), multiple)
-        attend = CausalAttend.bind(self.memory, self.target.ops, spans)
-        return self.target.model.forward(token_T, position_T, attend)
+            at, first = sequence.n_computed, len(tokens)
+            drafts = blocks.get(w.sequence, NO_DRAFTS).tokens
+            tokens += sequence.tokens[at : at + w.n_rows] + drafts
+            spans.append(Span(w.sequence, first, len(tokens) - first))
+            positions += range(at, at + len(tokens) - first)
+            if w.n_rows == sequence.n_pending:
+                wanted += range(first + w.n_rows - 1, len(tokens))
+            self.memory.reserve(w.sequence, len(tokens) - first)
+        done = self.target_pass.run(tokens, positions, spans, wanted)
+        best_R1 = done.logits_RV.gather(-1, done.best_R[:, None].long()) if wanted else None
+        if best_R1 is not None and not bool(torch.isfinite(best_R1).all()):
+            raise OutdraftError(
+                "the model's logits are not finite", "try --dtype float32, or check the weights"
+            )
+        return done
 
-    def _logits(self, plan: StepPlan, ready: list[Work], hidden_TH: Tensor) -> dict[str, Tensor]:
-        """fp32 logits [K + 1, V] of every sequence that has nothing pending after its rows."""
-        if not ready:
-            return {}
-        wanted: list[int] = []
-        row = 0
-        names = {w.sequence for w in ready}
-        for w in plan.work:
-            if w.sequence in names:
-                wanted += range(row + w.n_rows - 1, row + w.n_rows + w.n_drafts)
-            row += w.n_rows + w.n_drafts
-        chosen = pad_rows(hidden_TH[torch.tensor(wanted)], self.target.ops.row_multiple)
-        logits_RV = self.target.model.logits(chosen)[: len(wanted)]
-        parts = torch.split(logits_RV, [w.n_drafts + 1 for w in ready])
-        return {w.sequence: part for w, part in zip(ready, parts, strict=True)}
-
-    def _verify(self, sequence: Sequence, block: Block, logits_RV: Tensor) -> Verdict:
+    def _verify(
+        self, sequence: Sequence, block: Block, logits_RV: Tensor, best_R: Tensor
+    ) -> Verdict:
         params, drafts = sequence.request.params, torch.tensor(block.tokens, dtype=torch.int64)
-        # A drafter may have proposed fewer tokens than planned.
-        logits_RV = logits_RV[: len(block.tokens) + 1]
         if params.greedy:
-            return verify_greedy(drafts, greedy(logits_RV))
+            return verify_greedy(drafts, best_R)
         n = len(sequence.tokens)
-        positions = range(n, n + len(block.tokens))
-        accept_K = [uniforms(sequence.seed, p, Purpose.ACCEPT)[0] for p in positions]
-        final_R = [
-            uniforms(sequence.seed, p, Purpose.TARGET)[0] for p in range(n, positions.stop + 1)
-        ]
+        positions = range(n, n + len(block.tokens) + 1)
+        accept_K = [uniforms(sequence.seed, p, Purpose.ACCEPT)[0] for p in positions[:-1]]
+        final_R = [uniforms(sequence.seed, p, Purpose.TARGET)[0] for p in positions]
         p_RV = distribution(logits_RV, params)
         return verify_sampled(drafts, block.probs_KV, p_RV, accept_K, final_R)
 

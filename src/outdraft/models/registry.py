@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import KVLayer
+from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.errors import ModelError
 from outdraft.models import gemma4
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
 from outdraft.ops.base import Ops
+from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
@@ -28,6 +30,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Family:
     expected_tensors: Callable[[Gemma4Config], dict[str, ExpectedTensor]]
     ignore_rules: Callable[[Gemma4Config], list[IgnoreRule]]
     memory_layers: Callable[[Gemma4Config], list[KVLayer]]
-    build: Callable[[Gemma4Config, Mapping[str, Tensor], Ops], gemma4.Gemma4]
+    build: Callable[[Gemma4Config, Mapping[str, Tensor], Ops, int], gemma4.Gemma4]
     prefixes: tuple[str, ...]
 
 
@@ -65,6 +68,7 @@ class Target:
     report: LoadReport
     dtype: torch.dtype
     ops: Ops
+    ctx_size: int
 
 
 def family_of(config: Mapping[str, Any], path: Path) -> Family:
@@ -101,13 +105,33 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_ops(weights: Iterable[Tensor]) -> ReferenceOps:
-    """Operations that are row-invariant for these weights on this machine."""
+def choose_ops(
+    config: EngineConfig, *, int8_weights: bool, weights: Iterable[Tensor], drafter: bool = False
+) -> Ops:
+    """Operations for these weights: compiled kernels, or plain PyTorch.
+
+    A drafter is stored with at least 8 bits: it is small, and what it loses in accuracy it loses
+    in acceptance.
+
+    Raises:
+        ModelError: kernels were asked for together with a dtype, which they do not have.
+    """
+    if config.backend == "cpu" and config.dtype != "auto":
+        raise ModelError(
+            f"backend cpu has no dtype {config.dtype}", "choose --quant, or --backend reference"
+        )
+    if config.backend == "cpu" or (config.backend == "auto" and config.dtype == "auto"):
+        quant = config.quant
+        if quant == "auto":
+            quant = "w8" if int8_weights else "bf16"
+        if drafter and quant == "w4":
+            quant = "w8"
+        return CpuOps(format=quant, kv_dtype=KV_DTYPES[config.kv_dtype])
     matrices = [w for w in weights if w.ndim == 2 and w.is_floating_point()]
     return ReferenceOps() if rows_are_independent(matrices) else ReferenceOps(tile=1)
 
 
-def load_target(path: Path, dtype: str = "auto") -> Target:
+def load_target(path: Path, engine: EngineConfig) -> Target:
     """Read a target from a Hugging Face directory.
 
     Raises:
@@ -116,15 +140,17 @@ def load_target(path: Path, dtype: str = "auto") -> Target:
     raw = read_config(path)
     family = family_of(raw, path)
     config = family.read_config(raw)
-    torch_dtype = resolve_dtype(dtype, config.dtype)
+    torch_dtype = resolve_dtype(engine.dtype, config.dtype)
+    int8_weights = is_int8_channel(raw)
     weights, report = load_tensors(
         Checkpoint.open(path),
         family.expected_tensors(config),
         family.ignore_rules(config),
         prefixes=family.prefixes,
         dtype=torch_dtype,
-        int8_channel=is_int8_channel(raw),
+        int8_channel=int8_weights,
     )
-    ops = choose_ops(weights.values())
-    model = family.build(config, weights, ops)
-    return Target(path, family, config, model, report, torch_dtype, ops)
+    ops = choose_ops(engine, int8_weights=int8_weights, weights=weights.values())
+    n_positions = min(config.max_position_embeddings, engine.ctx_size or DEFAULT_CTX_SIZE)
+    model = family.build(config, weights, ops, n_positions)
+    return Target(path, family, config, model, report, torch_dtype, ops, n_positions)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.packed import PackedLinear, dtype_code, matrix, no_matrix
+from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Role, Rotary
+from outdraft.ops.record import Replayable
+from outdraft.ops.packed import Format, PackedLinear, dtype_code, matrix, no_matrix
 
 _ACTIVATIONS = {"gelu_tanh": 0, "silu": 1}
 
@@ -42,55 +44,91 @@ class Program:
         return len(self.core)
 
 
-@dataclass(frozen=True, slots=True)
-class KvPages:
-    """Keys and values of a layer, each [P, G, S, D] in fp32, bf16, or int8 with scales [P, G, S]."""
-
-    k_PGSD: Tensor
-    v_PGSD: Tensor
-    k_scales_PGS: Tensor | None = None
-    v_scales_PGS: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionRows:
-    """Which keys each row sees; all int32.
-
-    Row t sees key positions `lo_T[t]..hi_T[t]`, both included, of sequence `sequence_T[t]`; rows of
-    a sequence lie together. Position p of sequence b is in slot p % 64 of page
-    `table_BP[b, p // 64 - first_page_B[b]]`.
-    """
-
-    table_BP: Tensor
-    first_page_B: Tensor
-    sequence_T: Tensor
-    lo_T: Tensor
-    hi_T: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """cos and sin of the angles, fp32 [positions, D / 2], and the position of each row, int32."""
-
-    cos: Tensor
-    sin: Tensor
-    position_T: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PageSlots:
-    """Where each row's key or value goes: int32 page and slot; a negative page is not written."""
-
-    page_T: Tensor
-    slot_T: Tensor
-
-
 @dataclass(slots=True)
 class CpuOps:
-    """Operations that run at once, or are recorded when `program` is set."""
+    """Operations that run at once, or are recorded when `program` is set.
 
+    Attributes:
+        format: how `pack` stores weights: `w4`, `w8` or `bf16`. Embeddings and heads get at least
+            8 bits, routers bf16.
+        kv_dtype: of keys and values: fp32, bf16 or int8.
+        candidates: scales tried for each group or row when quantising.
+    """
+
+    format: Format = "w8"
+    kv_dtype: torch.dtype = torch.bfloat16
+    candidates: int = 1
     program: Program | None = None
     _prepared_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def begin(self, program: Replayable | None) -> Program:
+        """See `Recordable`."""
+        assert self.program is None and (program is None or isinstance(program, Program))
+        self.program = Program() if program is None else program
+        return self.program
+
+    def end(self) -> None:
+        """See `Recordable`."""
+        self.program = None
+
+    @property
+    def row_multiple(self) -> int:
+        """Any number of rows is as good as any other."""
+        return 1
+
+    def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
+        """See `Ops.pack`."""
+        format: Format = self.format
+        if role == "router":
+            format = "bf16"
+        elif role == "embedding" and format == "w4":
+            format = "w8"
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            weight = weight.float()
+        return PackedLinear.pack(weight, format, candidates=self.candidates)
+
+    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
+        """See `Ops.pack_blocks`."""
+        return self.pack(weight_VK[ids_CN.long()], "embedding")
+
+    def embed(self, weight: PackedLinear, token_T: Tensor, scale: float) -> Tensor:
+        """See `Ops.embed`; fp32."""
+        return self.embed_into(weight, token_T, scale, torch.empty(token_T.shape[0], weight.k))
+
+    def concat(self, a_TK: Tensor, b_TN: Tensor) -> Tensor:
+        """See `Ops.concat`."""
+        width = a_TK.shape[1]
+        out = torch.empty(a_TK.shape[0], width + b_TN.shape[1], dtype=a_TK.dtype)
+        self.copy_rows(a_TK, out[:, :width])
+        self.copy_rows(b_TN, out[:, width:])
+        return out
+
+    def experts(
+        self,
+        x_TK: Tensor,
+        gate_up: PackedLinear,
+        down: PackedLinear,
+        ids_TA: Tensor,
+        weights_TA: Tensor,
+    ) -> Tensor:
+        """See `Ops.experts`. Only the experts that are hit are read, each once."""
+        n_pairs, inner = ids_TA.numel(), gate_up.n // 2
+        groups = self.group_pairs(ids_TA, gate_up.n_blocks)
+        both = self.expert_linear(x_TK, gate_up, groups, n_pairs)
+        gated = self.gated(both[:, :inner], both[:, inner:])
+        return self.combine(self.expert_linear(gated, down, groups, n_pairs), weights_TA)
+
+    def score_blocks(
+        self, x_TK: Tensor, blocks: PackedLinear, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
+    ) -> Tensor:
+        """See `Ops.score_blocks`. Not recorded: a drafter that takes the argmax needs no scatter."""
+        assert self.program is None
+        n_rows, count = chosen_TA.shape
+        groups = self.group_pairs(chosen_TA, blocks.n_blocks)
+        scores = self.expert_linear(x_TK, blocks, groups, n_rows * count, torch.float32)
+        logits_TV = torch.full((n_rows, n_vocab), float("-inf"))
+        ids_TX = ids_CN[chosen_TA.long()].flatten(1).long()
+        return logits_TV.scatter_(1, ids_TX, scores.view(n_rows, -1))
 
     def linear(
         self, x_TK: Tensor, weight: PackedLinear, dtype: torch.dtype | None = None
@@ -251,11 +289,12 @@ class CpuOps:
         assert (scales_PGS is not None) == (pages_PGSD.dtype == torch.int8)
         self._head_norm(x_TGD, None, pages_PGSD, scales_PGS, slots, weight_D, rotary, eps)
 
-    def gated(
-        self,
-        gate_TK: Tensor,
-        up_TK: Tensor,
-        activation: Literal["gelu_tanh", "silu"] = "gelu_tanh",
+    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+        """See `Ops.gated`."""
+        return self.activate(gate_TK, up_TK, "gelu_tanh")
+
+    def activate(
+        self, gate_TK: Tensor, up_TK: Tensor, activation: Literal["gelu_tanh", "silu"]
     ) -> Tensor:
         """activation(gate) * up in the type of the gate."""
         out_TK = torch.empty(gate_TK.shape, dtype=gate_TK.dtype)
@@ -269,7 +308,9 @@ class CpuOps:
         )
         return out_TK
 
-    def embed(self, weight: PackedLinear, token_T: Tensor, scale: float, out_TK: Tensor) -> Tensor:
+    def embed_into(
+        self, weight: PackedLinear, token_T: Tensor, scale: float, out_TK: Tensor
+    ) -> Tensor:
         """Rows `token_T` (int32) of a packed weight times scale, into `out_TK`."""
         _check(token_T, torch.int32)
         assert out_TK.shape == (token_T.shape[0], weight.k)
@@ -296,7 +337,7 @@ class CpuOps:
         )
         return out_TK
 
-    def softcap_(self, logits_TV: Tensor, cap: float) -> Tensor:
+    def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
         """tanh(logits / cap) * cap in place, fp32."""
         assert logits_TV.dtype == torch.float32
         _core.softcap(self._target(logits_TV), matrix(logits_TV), cap, *logits_TV.shape)

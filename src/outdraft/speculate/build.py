@@ -78,15 +78,17 @@ def read_assistant_config(path: Path) -> AssistantConfig:
 def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfig) -> Pairing:
     assistant = read_assistant_config(path)
     gemma4_assistant.check_pair(target.config, assistant)
+    int8_weights = is_int8_channel(read_config(path))
     weights, _ = load_tensors(
         Checkpoint.open(path),
         gemma4_assistant.expected_tensors(assistant),
         gemma4_assistant.ignore_rules(assistant),
         prefixes=gemma4_assistant.PREFIXES,
         dtype=target.dtype,
-        int8_channel=is_int8_channel(read_config(path)),
+        int8_channel=int8_weights,
     )
-    model = Gemma4Assistant(assistant, weights, choose_ops(weights.values()))
+    ops = choose_ops(config, int8_weights=int8_weights, weights=weights.values(), drafter=True)
+    model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
     kv_layers: dict[str, int] = {
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
     }

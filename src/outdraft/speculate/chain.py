@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from outdraft.sampling.logits import distribution, greedy
+from outdraft.sampling.logits import distribution
 from outdraft.sampling.sampler import Purpose, sample, uniforms
 from outdraft.speculate.drafter import Draft, SequenceView
 
@@ -16,7 +16,7 @@ from outdraft.speculate.drafter import Draft, SequenceView
 def draft_chain(
     sequences: list[SequenceView],
     k: int,
-    step: Callable[[Tensor], Tensor],
+    step: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     sample_drafts: bool = True,
 ) -> Draft:
@@ -25,17 +25,18 @@ def draft_chain(
     Args:
         sequences: the sequences of the view; draft i of one stands at position n + i.
         k: number of tokens, at least 1.
-        step: takes the newest token of every sequence, int64 [B], and returns fp32 scores [B, V]
-            of the next. It is called k times in order.
+        step: takes the newest token of every sequence, int32 [B], and returns fp32 scores [B, V]
+            of the next and the argmax of each, int32 [B]. It is called k times in order and may
+            overwrite what it returned.
         sample_drafts: at temperature > 0, draw from the drafter's distribution (accepted more
             often); otherwise its most probable token, a point mass.
     """
-    newest_B = torch.tensor([sequence.tokens[-1] for sequence in sequences])
+    newest_B = torch.tensor([s.tokens[-1] for s in sequences], dtype=torch.int32)
     probs: list[list[Tensor]] = [[] for _ in sequences]
     tokens: list[Tensor] = []
     for i in range(k):
-        logits_BV = step(newest_B)
-        newest_B = greedy(logits_BV)
+        logits_BV, best_B = step(newest_B)
+        newest_B = best_B.clone()
         if sample_drafts:
             for b, sequence in enumerate(sequences):
                 if sequence.params.greedy:
@@ -45,9 +46,8 @@ def draft_chain(
                 newest_B[b] = sample(q_V, u)
                 probs[b].append(q_V)
         tokens.append(newest_B)
-        newest_B = newest_B.clone()
     return Draft(
-        tokens_BK=torch.stack(tokens, dim=1),
+        tokens_BK=torch.stack(tokens, dim=1).long(),
         probs=[torch.stack(q) if q else None for q in probs],
         lengths=[k] * len(sequences),
     )

@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from outdraft.cache.memory import Memory
+from outdraft.ops.base import Ops
 from outdraft.request import SamplingParams
 
 
@@ -52,11 +53,15 @@ class SequenceView:
 
 @dataclass(frozen=True, slots=True)
 class TargetView:
-    """What drafters may read: committed tokens, the taps asked for, and the target's embedding."""
+    """What drafters may read: committed tokens, the taps asked for, and the target's embedding.
+
+    `ops` are the target's operations, which `embed` uses.
+    """
 
     sequences: list[SequenceView]
     memory: Memory
     embed: Callable[[Tensor], Tensor]
+    ops: Ops
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ layers the last `window` of them); what earlier drafts said travels in the token
 carried hidden state. The assistant has no state of its own, so `commit` has nothing to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,27 @@ from outdraft.cache.attend import ReadOnlyAttend
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import AttentionRows
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.record import Recordable, Replayable, fill_rows, recording
 from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
+
+
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """One recorded draft step for a number of sequences."""
+
+    token_B: Tensor
+    hidden_BH: Tensor
+    position_B: Tensor
+    attend: ReadOnlyAttend
+    program: Replayable
+    logits_BV: Tensor
+    best_B: Tensor
 
 
 class Gemma4AssistantDrafter:
@@ -31,6 +50,7 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
+        self.recordings: dict[int, _Recording] = {}
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
     def open(self, sequence: str) -> None:
@@ -44,23 +64,71 @@ class Gemma4AssistantDrafter:
 
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`."""
-        sequences = view.sequences
-        attend = self._attend(view.memory, sequences)
-        ops = self.model.ops
+        hidden_BH = torch.stack([_hidden(s) for s in view.sequences])
+        position_B = torch.tensor([s.n - 1 for s in view.sequences], dtype=torch.int32)
+        attend = self._attend(view.memory, view.sequences)
+        if isinstance(self.model.ops, Recordable) and self.model.ordering_CN is None:
+            step = self._recorded_step(view, hidden_BH, position_B, attend)
+        else:
+            step = self._plain_step(view, hidden_BH, position_B, attend)
+        return draft_chain(view.sequences, k, step, sample_drafts=self.sample_drafts)
+
+    def _plain_step(
+        self, view: TargetView, hidden_BH: Tensor, position_B: Tensor, attend: ReadOnlyAttend
+    ) -> Step:
+        ops, n = self.model.ops, position_B.shape[0]
         # T: one row a sequence, padded once here so that no operation has to.
-        positions = torch.tensor([s.n - 1 for s in sequences], dtype=torch.int32)
-        position_T = pad_rows(positions, ops.row_multiple)
-        hidden_TH = pad_rows(torch.stack([_hidden(s) for s in sequences]), ops.row_multiple)
-        normed_Th: Tensor | None = None
+        position_T = pad_rows(position_B, ops.row_multiple)
+        carried_TH = pad_rows(hidden_BH, ops.row_multiple)
 
-        def step(newest_B: Tensor) -> Tensor:
-            nonlocal normed_Th
-            carried_TH = hidden_TH if normed_Th is None else self.model.carry(normed_Th)
-            embedded_TH = view.embed(pad_rows(newest_B.int(), ops.row_multiple))
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal carried_TH
+            embedded_TH = view.embed(pad_rows(newest_B, ops.row_multiple))
             normed_Th = self.model.step(embedded_TH, carried_TH, position_T, attend)
-            return self.model.logits(normed_Th)[: len(sequences)]
+            carried_TH = self.model.carry(normed_Th)
+            logits_BV = self.model.logits(normed_Th)[:n]
+            return logits_BV, ops.argmax(logits_BV)
 
-        return draft_chain(sequences, k, step, sample_drafts=self.sample_drafts)
+        return step
+
+    def _recorded_step(
+        self, view: TargetView, hidden_BH: Tensor, position_B: Tensor, attend: ReadOnlyAttend
+    ) -> Step:
+        n = position_B.shape[0]
+        if n not in self.recordings:
+            self.recordings[n] = self._record(view, hidden_BH, position_B, attend)
+        own = self.recordings[n]
+        own.hidden_BH.copy_(hidden_BH)
+        own.position_B.copy_(position_B)
+        for static, new in zip(own.attend.rows, attend.rows, strict=True):
+            fill_rows(static, new)
+
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+            own.token_B.copy_(newest_B)
+            own.program.replay()
+            return own.logits_BV, own.best_B
+
+        return step
+
+    def _record(
+        self, view: TargetView, hidden_BH: Tensor, position_B: Tensor, attend: ReadOnlyAttend
+    ) -> "_Recording":
+        """One step for this number of sequences; it leaves the carried state in `hidden_BH`."""
+        ops = self.model.ops
+        assert isinstance(ops, CpuOps) and isinstance(view.ops, Recordable)
+        token_B = torch.zeros(position_B.shape, dtype=torch.int32)
+        hidden_BH, position_B = hidden_BH.clone(), position_B.clone()
+        wide: dict[int, AttentionRows] = {}
+        kinds = self.model.config.text.layer_types
+        for kind, rows in zip(kinds, attend.rows, strict=True):
+            wide.setdefault(id(rows), view.memory.widest(kind, rows))
+        static = ReadOnlyAttend(ops, attend.stores, [wide[id(rows)] for rows in attend.rows])
+        with recording(ops, view.ops) as program:
+            normed_Bh = self.model.step(view.embed(token_B), hidden_BH, position_B, static)
+            logits_BV = self.model.logits(normed_Bh)
+            best_B = ops.argmax(logits_BV)
+            ops.copy_rows(self.model.carry(normed_Bh), hidden_BH)
+        return _Recording(token_B, hidden_BH, position_B, static, program, logits_BV, best_B)
 
     def _attend(self, memory: Memory, sequences: Sequence[SequenceView]) -> ReadOnlyAttend:
         """One query a sequence, over the keys that the target has verified."""
@@ -70,9 +138,7 @@ class Gemma4AssistantDrafter:
         return ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])
 
 
-def visible_rows(
-    memory: Memory, group: str, sequences: Sequence[SequenceView]
-) -> AttentionRows:
+def visible_rows(memory: Memory, group: str, sequences: Sequence[SequenceView]) -> AttentionRows:
     """Keys 0 .. n - 2 of each sequence; in a sliding group the last `window` of them."""
     window = memory.groups[group].window
     spans = [Span(sequence.id, b, 1) for b, sequence in enumerate(sequences)]

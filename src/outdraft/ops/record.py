@@ -1,0 +1,62 @@
+"""Recording the operations of a call once and replaying them with new contents.
+
+Only operations that know how to be recorded are: the compiled ones (`Recordable`). A recorded call
+reads and writes the same tensors each time, so whoever records keeps its inputs and changes what is
+in them. It is to a CPU what a CUDA graph is to a GPU: Python costs next to nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+from outdraft.ops.base import AttentionRows, PageSlots
+
+
+class Replayable(Protocol):
+    """A recorded call."""
+
+    def replay(self) -> None:
+        """Run it again on what its input tensors now hold."""
+        ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """Operations that can be recorded."""
+
+    def begin(self, program: Replayable | None) -> Replayable:
+        """Record into a program, a new one if None is given, until `end`."""
+        ...
+
+    def end(self) -> None:
+        """Run operations at once again."""
+        ...
+
+
+@contextmanager
+def recording(*all_ops: Recordable) -> Iterator[Replayable]:
+    """Operations of all of these go into one program, in order, and are not run."""
+    program: Replayable | None = None
+    try:
+        for ops in all_ops:
+            program = ops.begin(program)
+        assert program is not None
+        yield program
+    finally:
+        for ops in all_ops:
+            ops.end()
+
+
+def fill_slots(static: PageSlots, new: PageSlots) -> None:
+    """Overwrite where rows go."""
+    static.page_T.copy_(new.page_T)
+    static.slot_T.copy_(new.slot_T)
+
+
+def fill_rows(static: AttentionRows, new: AttentionRows) -> None:
+    """Overwrite what rows see; the static table may be wider."""
+    static.table_BP[:, : new.table_BP.shape[1]].copy_(new.table_BP)
+    static.first_page_B.copy_(new.first_page_B)
+    static.sequence_T.copy_(new.sequence_T)
+    static.lo_T.copy_(new.lo_T)
+    static.hi_T.copy_(new.hi_T)
