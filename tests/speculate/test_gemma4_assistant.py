@@ -171,8 +171,8 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     "change,named",
     [
         ({"vocab_size": 256}, "vocab_size"),
-        ({"head_dim": 32}, "head_dim of sliding_attention"),
-        ({"global_head_dim": 64}, "head_dim of full_attention"),
+        ({"head_dim": 64}, "head_dim of sliding_attention"),
+        ({"global_head_dim": 32}, "head_dim of full_attention"),
         ({"sliding_window": 32}, "sliding_window"),
         ({"hidden_size": 32}, "backbone hidden size"),
     ],
