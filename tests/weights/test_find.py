@@ -162,6 +162,11 @@ def test_unrelated_and_damaged_neighbours_are_no_obstacle(tmp_path: Path) -> Non
     assert "not valid JSON" in choice.reason
 
 
+def test_a_target_is_not_its_own_assistant(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "assistant")
+    assert "passed over" not in find_assistant(target).reason
+
+
 def test_a_relative_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(tmp_path / "gemma")
     make_assistant(tmp_path / "gemma-assistant")

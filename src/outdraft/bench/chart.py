@@ -20,11 +20,9 @@ def draw(report: dict[str, Any]) -> bytes:
     _draw_speed(speed, report)
     _draw_acceptance(acceptance, report["kinds"])
     settings, machine = report["settings"], report["machine"]
-    figure.suptitle(
-        f"{settings['model']}, {settings['dtype']}, greedy, up to {settings['draft_n_max']} drafts a "
-        f"step; {machine['cpu']}, {machine['threads']} threads",
-        fontsize=10,
-    )
+    what = f"{settings['model']}, {settings['dtype']}, greedy, {settings['draft_n_max']} drafts"
+    where = f"{machine['cpu']}, threads: {machine['threads']}"
+    figure.suptitle(f"{what}; {where}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -71,4 +69,4 @@ def _draw_acceptance(axes: Axes, kinds: dict[str, Any]) -> None:
     axes.set_ylabel("share accepted")
     axes.set_title("acceptance, all earlier drafts of the block included", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")

@@ -10,6 +10,7 @@ what follows is of it too. Which ones are chosen depends on the seed and the tex
 """
 
 import ast
+import io
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,7 @@ def read_sources(directory: Path) -> list[Source]:
             tree = ast.parse(text)
         except (OSError, ValueError, SyntaxError):
             continue
-        lines = text.splitlines(keepends=True)
+        lines = io.StringIO(text).readlines()  # as ast counts them: form feeds end no line
         prose = sorted([*_docstrings(tree), *_comments(lines)], key=lambda found: found.start)
         sources.append(Source(path.name, lines, tree, prose))
     if not sources:
@@ -83,10 +84,9 @@ def choose_prompts(
     """
     chosen = []
     for kind, candidates in CANDIDATES.items():
-        shuffled = random.Random(f"{kind}/{seed}")
-        order = shuffled.sample(sources, len(sources))
-        open_sources = [candidates(source, encode, shuffled) for source in order]
-        chosen += _take_in_turn(open_sources, n_per_kind)
+        rng = random.Random(f"{kind}/{seed}")
+        order = rng.sample(sources, len(sources))
+        chosen += _take_in_turn([candidates(s, encode, rng) for s in order], n_per_kind)
     return chosen
 
 

@@ -37,7 +37,7 @@ def bench(
         Path | None, typer.Option(help="Cut prompts from the Python texts (*.txt, *.py) in here.")
     ] = None,
     peer: Annotated[
-        Peer | None, typer.Option(help="Run another engine on the same weights, in turn.")
+        Peer | None, typer.Option(help="Also run another engine on the same weights: transformers.")
     ] = None,
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
@@ -70,25 +70,23 @@ def bench(
     llm = load(model, config)
     chosen = find_prompts(llm, prompt_dir, prompts, seed)
     report = compare(llm, chosen, greedy, sampled, repeat, peer)
-    report["settings"] = {
-        "model": model,
-        "dtype": str(llm.target.dtype).removeprefix("torch."),
-        "drafter": llm.pairing.reason,
-        "draft_n_max": llm.pairing.n_draft_max,
-        "sample_drafts": spec_draft_sample,
-        "max_tokens": max_tokens,
-        "prompts_per_kind": prompts,
-        "repeats": repeat,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    report["prompts"] = [
-        {"kind": p.kind, "source": p.source, "line": p.line, "n_tokens": len(p.tokens)}
-        for p in chosen
-    ]
+    report["settings"] = {"model": model, "repeats": repeat, **settings_of(llm, sampled)}
     show(report)
     if json_file is not None:
         save(report, json_file)
+
+
+def settings_of(llm: "LLM", sampled: SamplingParams) -> dict[str, Any]:
+    """What the measurement depends on, for the report."""
+    return {
+        "dtype": str(llm.target.dtype).removeprefix("torch."),
+        "drafter": llm.pairing.reason,
+        "draft_n_max": llm.pairing.n_draft_max,
+        "sample_drafts": llm.config.sample_drafts,
+        "max_tokens": sampled.max_tokens,
+        "temperature": sampled.temperature,
+        "seed": sampled.seed,
+    }
 
 
 def find_prompts(llm: "LLM", directory: Path | None, n: int, seed: int) -> "list[Prompt]":
@@ -119,7 +117,7 @@ def compare(
     repeats: int,
     peer: str | None,
 ) -> dict[str, Any]:
-    """Measure everything; the report without settings and prompts.
+    """Measure everything; the report without its settings.
 
     Raises:
         OutdraftError: there is no drafter, or the peer cannot be used.
@@ -149,6 +147,10 @@ def compare(
         "kinds": in_greedy["kinds"],
         "overall": in_greedy["overall"],
         "sampled": in_sampled,
+        "prompts": [
+            {"kind": p.kind, "source": p.source, "line": p.line, "n_tokens": len(p.tokens)}
+            for p in prompts
+        ],
         "machine": describe_machine(),
         **describe_version(),
     }
@@ -199,7 +201,7 @@ def show(report: dict[str, Any]) -> None:
     """The report as tables on stdout."""
     settings, machine, sampled = report["settings"], report["machine"], report["sampled"]
     console = results()
-    console.print(f"\n{settings['model']} on {machine['cpu']}, {machine['threads']} threads")
+    console.print(f"\n{settings['model']} on {machine['cpu']}, threads: {machine['threads']}")
     console.print(f"{settings['dtype']}, up to {settings['draft_n_max']} drafts a step")
     console.print(table("greedy", report["kinds"] | {"all": report["overall"]}))
     title = f"temperature {settings['temperature']}"
@@ -218,8 +220,8 @@ def show(report: dict[str, Any]) -> None:
 def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
     """A rich table of our two arms, one row a kind."""
     made = new_table(
-        f"{mode}: tokens per second, speed-up (quartiles over prompts), share of the time for "
-        "draft/verify/rest, drafts accepted by position",
+        f"{mode}: tokens per second, speed-up (quartiles over prompts),\n"
+        "share of the time for draft/verify/rest, drafts accepted by position",
         ["plain", "draft", "speed-up", "tok/pass", "time %", "accepted %"],
     )
     for kind, figures in kinds.items():
@@ -239,8 +241,8 @@ def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
 def peer_table(peer: dict[str, Any]) -> Any:
     """A rich table of a peer's figures, and ours over its."""
     made = new_table(
-        f"{peer['name']} {peer['version']}, greedy: tokens per second, answers equal to its own "
-        "plain ones, our speed over its",
+        f"{peer['name']} {peer['version']}, greedy: tokens per second,\n"
+        "assisted answers equal to its plain ones, our speed over its",
         ["plain", "assisted", "equal", "ours plain", "ours drafting"],
     )
     for kind, figures in (peer["kinds"] | {"all": peer["overall"]}).items():

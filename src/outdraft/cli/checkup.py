@@ -139,7 +139,8 @@ def _open_weights(found: Checkup) -> Checkpoint | None:
     stored: Counter[str] = Counter()
     for spec in specs:
         stored[_short(spec.dtype)] += spec.n_params
-    found.n_tensors, found.n_bytes, found.stored_params = len(specs), checkpoint.n_bytes, stored
+    found.n_tensors, found.n_bytes = len(specs), checkpoint.n_bytes
+    found.stored_params = dict(stored)
     return checkpoint
 
 

@@ -25,7 +25,7 @@ DEMO_PROMPT = '''class Histogram:
         for value in values:
             self.add(value)
 
-'''
+    def add(self, value):'''
 
 app = typer.Typer(add_completion=False)
 

@@ -16,7 +16,9 @@ Assistant = Annotated[
     str | None,
     typer.Option(help="The drafter's directory or id; found by itself if not given."),
 ]
-Spec = Annotated[SpecType, typer.Option("--spec-type", help="Which drafter to use.")]
+Spec = Annotated[
+    SpecType, typer.Option("--spec-type", help="Which drafter: auto, off or gemma4-assistant.")
+]
 DraftMax = Annotated[
     int | None,
     typer.Option(
@@ -30,7 +32,9 @@ DraftSample = Annotated[
         help="At temperature above 0, draw drafts instead of taking the most probable token.",
     ),
 ]
-Compute = Annotated[DType, typer.Option("--dtype", help="Type that weights are computed in.")]
+Compute = Annotated[
+    DType, typer.Option("--dtype", help="Compute type: auto, bfloat16, float16 or float32.")
+]
 CtxSize = Annotated[
     int | None, typer.Option(help="Longest sequence in tokens; the model's, at most 8192.")
 ]

@@ -1,13 +1,14 @@
 """The same operations for training: differentiable, fast over many rows, not row-invariant.
 
-Not here: attention over pages; training attends over whole sequences (train/).
+They compute in the widest type they are given, fp64 included. Not here: attention over pages;
+training attends over whole sequences (train/).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import AttentionRows, KvPages
+from outdraft.ops.base import AttentionRows, KvPages, Rotary
 from outdraft.ops.reference import ReferenceOps
 
 
@@ -15,13 +16,27 @@ class BatchedOps(ReferenceOps):
     """`ReferenceOps` with one product for all rows and no paged attention."""
 
     def linear(self, x_TK: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """See `Ops.linear`."""
+        """See `Ops.linear`; never narrower than its inputs."""
         y_TN = F.linear(x_TK, weight)
-        return y_TN if dtype is None else y_TN.to(dtype)
+        return y_TN if dtype is None else y_TN.to(torch.promote_types(y_TN.dtype, dtype))
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
+        if weight_K is not None:
+            wider = torch.promote_types(x_TK.dtype, weight_K.dtype)
+            x_TK, weight_K = x_TK.to(wider), weight_K.to(wider)
         return F.rms_norm(x_TK, (x_TK.shape[-1],), weight_K, eps)
+
+    def norm_rope(
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+    ) -> Tensor:
+        """See `Ops.norm_rope`."""
+        y = self.rms_norm(x_THD, weight_D, eps)
+        if rotary is not None:
+            cos, sin = (t[rotary.position_T][:, None] for t in (rotary.cos, rotary.sin))
+            a, b = y.chunk(2, dim=-1)
+            y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return y.to(x_THD.dtype)
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
         """See `Ops.gated`."""

@@ -14,11 +14,12 @@ kept depends on them, so given everything emitted they are still uniform and ind
 round starts at P + i + 1 and reads only those. By induction every token is decided once, with
 numbers that are fresh given all tokens before it.
 
-What would break it: anything that carries knowledge of a draft behind the first rejection into a
+What would break it: anything that carries knowledge of numbers behind the first rejection into a
 later round. The draft length, the drafter's distribution and the choice of drafter may depend on
-emitted tokens, on how many drafts were kept and on the rejected token itself; they must not depend
-on drafts, or would-be acceptances, behind it (a length controller that counts matches there, an
-n-gram cache that learns from them).
+emitted tokens, on how many drafts were kept and on the rejected draft itself. They must not depend
+on whether later drafts would have been accepted (their ACCEPT numbers are used again), nor, where
+drafts are drawn from q, on which tokens the later drafts were (their DRAFT numbers are used again).
+Point masses use no DRAFT number, so a cache that proposes them may learn from rejected drafts.
 
 A second rule has nothing to do with streams: a drafter that stops early may look at q before it
 draws, or stop after a token that it keeps. Dropping a token because of what was drawn leaves

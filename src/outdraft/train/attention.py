@@ -101,8 +101,11 @@ def kind_masks(config: Gemma4Config, length: int) -> dict[LayerKind, Tensor]:
     }
 
 
-def attend(q_THD: Tensor, keys_values: KeysValues, visible_QN: Tensor) -> Tensor:
-    """Softmax attention of each sequence's queries over its own keys, flat rows [T, H, D]."""
+def attend(q_THD: Tensor, keys_values: KeysValues, visible_QN: Tensor | None) -> Tensor:
+    """Softmax attention of each sequence's queries over its own keys, flat rows [T, H, D].
+
+    `visible_QN` None lets every query see every key.
+    """
     q_BHQD = split_sequences(q_THD, keys_values.k_BGSD.shape[0])
     group = q_BHQD.shape[1] // keys_values.k_BGSD.shape[1]
     out_BHQD = F.scaled_dot_product_attention(
@@ -117,4 +120,5 @@ def attend(q_THD: Tensor, keys_values: KeysValues, visible_QN: Tensor) -> Tensor
 
 def split_sequences(x_THD: Tensor, n_sequences: int) -> Tensor:
     """Flat rows [B * S, H, D] as [B, H, S, D]."""
-    return x_THD.unflatten(0, (n_sequences, -1)).transpose(1, 2)
+    n_rows, n_heads, dim = x_THD.shape
+    return x_THD.view(n_sequences, n_rows // n_sequences, n_heads, dim).transpose(1, 2)

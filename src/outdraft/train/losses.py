@@ -1,7 +1,8 @@
 """Training losses over a vocabulary, computed in chunks of rows.
 
-A chunk's fp32 scores live only while its loss is computed, once forward and once backward, so that
-scores of all rows at once are never in memory. Not here: which rows and targets (the objectives).
+Where rows make more than one chunk, a chunk's fp32 scores live only while its loss is computed,
+once forward and once backward, so that scores of all rows at once are never in memory. Not here:
+which rows and targets (the objectives).
 
 Shapes: T rows, K hidden size, V vocabulary.
 """
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ROWS = 2048
+CHUNK_ROWS = 8192
 STEP_DECAY = 0.8
 """Weight of a draft step relative to the one before it (0.6 to 0.8 are published, EAGLE-3: 0.8)."""
 
@@ -30,18 +31,23 @@ def cross_entropy(hidden_TK: Tensor, targets_T: Tensor, head: Head) -> Tensor:
     return _mean_of_chunks(chunk, hidden_TK, targets_T)
 
 
-def kl_divergence(hidden_TK: Tensor, target_logits_TV: Tensor, head: Head) -> Tensor:
-    """Mean over rows of KL(p || q), p = softmax(target logits), q = softmax(head(hidden)), nats.
+def kl_divergence(hidden_TK: Tensor, probs_TV: Tensor, entropy_T: Tensor, head: Head) -> Tensor:
+    """Mean over rows of KL(p || q), q = softmax(head(hidden)), in nats.
 
-    No gradient reaches the target's logits.
+    p and its entropy are given, so that they are computed once for all steps of a round.
     """
 
-    def chunk(hidden: Tensor, target_logits: Tensor) -> Tensor:
-        log_p = F.log_softmax(target_logits.float(), dim=-1)
-        log_q = F.log_softmax(head(hidden), dim=-1)
-        return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    def chunk(hidden: Tensor, probs: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden), probs.float(), reduction="sum")
 
-    return _mean_of_chunks(chunk, hidden_TK, target_logits_TV.detach())
+    return _mean_of_chunks(chunk, hidden_TK, probs_TV) - entropy_T.mean()
+
+
+def probs_and_entropy(logits_TV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """softmax(logits) in `dtype`, [T, V], and its entropy in nats, [T]."""
+    log_p = F.log_softmax(logits_TV, dim=-1)
+    p = log_p.exp()
+    return p.to(dtype), -(p * log_p).sum(dim=-1)
 
 
 def step_weights(n_steps: int, decay: float = STEP_DECAY) -> list[float]:
@@ -54,6 +60,8 @@ def _mean_of_chunks(
     chunk: Callable[[Tensor, Tensor], Tensor], hidden_TK: Tensor, targets: Tensor
 ) -> Tensor:
     n_rows = hidden_TK.shape[0]
+    if n_rows <= CHUNK_ROWS:
+        return chunk(hidden_TK, targets) / n_rows
     total = hidden_TK.new_zeros((), dtype=torch.float32)
     for start in range(0, n_rows, CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)

@@ -1,8 +1,8 @@
 """Muon for the matrices inside the layers, AdamW for the rest, over a plain dict of tensors.
 
-Here: the update rules, the schedule and the clipping of gradients. The state is a flat dict, so that a
-checkpoint can hold it. Sources: Muon, K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon),
-with its quintic Newton-Schulz iteration; AdamW, Loshchilov and Hutter 2019 (arXiv 1711.05101).
+Here: the update rules, the schedule and the clipping of gradients. The state is a flat dict, so
+that a checkpoint can hold it. Sources: Muon with its quintic Newton-Schulz iteration, K. Jordan et
+al. 2024 (kellerjordan.github.io/posts/muon); AdamW, Loshchilov and Hutter 2019 (arXiv 1711.05101).
 """
 
 from collections.abc import Mapping
@@ -115,11 +115,11 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(dtype)
+    x: Tensor = (matrix.T if tall else matrix).to(dtype)
     x = x / (x.norm() + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.T if tall else x
 
 

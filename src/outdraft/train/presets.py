@@ -39,6 +39,7 @@ class Preset:
         own_text: share of the assistant's windows that the target wrote.
         corpus_bytes: most text read, in bytes.
         n_candidates: assistant checkpoints that selection compares.
+        n_prompts, prompt_tokens, new_tokens: of a measurement of acceptance.
     """
 
     name: str
@@ -56,6 +57,9 @@ class Preset:
     own_text: float
     corpus_bytes: int
     n_candidates: int
+    n_prompts: int
+    prompt_tokens: int
+    new_tokens: int
     target_optimiser: OptimiserConfig
     assistant_optimiser: OptimiserConfig
 
@@ -87,7 +91,7 @@ class Preset:
         }
 
     def _text_config(self, shape: Shape) -> dict[str, Any]:
-        kinds = [FULL if (i + 1) % 4 == 0 else SLIDING for i in range(shape.n_layers)]
+        kinds = [FULL if (i + 1) % 4 == 0 else SLIDING for i in range(shape.n_layers - 1)] + [FULL]
         return {
             "model_type": "gemma4_text",
             "vocab_size": self.vocab_size,
@@ -132,18 +136,21 @@ CPU = Preset(
     name="cpu",
     vocab_size=2048,
     target=Shape(256, 640, 4, 4, 2, 32, 64),
-    assistant=Shape(96, 256, 4, 4, 2, 32, 64),
+    assistant=Shape(128, 384, 2, 4, 2, 32, 64),
     window=128,
     max_positions=2048,
     context=256,
-    batch=32,
-    assistant_batch=32,
-    unroll=5,
+    batch=16,
+    assistant_batch=16,
+    unroll=4,
     assistant_ratio=0.6,
     assistant_share=0.4,
     own_text=0.5,
-    corpus_bytes=32_000_000,
+    corpus_bytes=18_000_000,
     n_candidates=4,
+    n_prompts=12,
+    prompt_tokens=64,
+    new_tokens=128,
     target_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=4e-3, weight_decay=0.05),
     assistant_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=4e-3),
 )
@@ -165,6 +172,9 @@ DEMO = Preset(
     own_text=0.5,
     corpus_bytes=256_000_000,
     n_candidates=6,
+    n_prompts=12,
+    prompt_tokens=64,
+    new_tokens=128,
     target_optimiser=OptimiserConfig(muon_lr=0.03, adam_lr=2e-3, weight_decay=0.05),
     assistant_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=2e-3),
 )
@@ -186,6 +196,9 @@ TINY = Preset(
     own_text=0.5,
     corpus_bytes=400_000,
     n_candidates=2,
+    n_prompts=2,
+    prompt_tokens=16,
+    new_tokens=16,
     target_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=4e-3),
     assistant_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=4e-3),
 )

@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer for the demo, trained on text and written in Hugging Face's layout.
 
-Here: its special tokens, how text is cut into words, the chat template. Not here: using one (text/).
+Here: its special tokens, how text is cut into words, the chat template. Not here: using one, which
+is what text/ does.
 """
 
 from collections.abc import Iterable

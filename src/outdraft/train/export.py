@@ -1,0 +1,66 @@
+"""Trained models as Hugging Face directories that the engine loads, and back.
+
+Here: names and types on disk. Not here: checkpoints of a run that goes on (checkpoint.py).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.models import gemma4
+from outdraft.models.gemma4_config import Gemma4Config
+from outdraft.train.presets import DRAFT_DEFAULT
+from outdraft.train.tokenizer import BOS_ID, END_OF_TURN_ID, EOS_ID, PAD_ID
+from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.config import CONFIG_NAME
+from outdraft.weights.load import load_tensors
+from outdraft.weights.save import new_directory, write_json, write_weights
+
+_TOP_LEVEL = ("pre_projection.", "post_projection.", "masked_embedding.")
+
+
+def export_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer_directory: Path,
+) -> None:
+    """Write a target or an assistant in bf16 with its tokenizer.
+
+    Raises:
+        TrainingError: the directory is there already, or cannot be written.
+    """
+    generation: dict[str, Any] = {
+        "bos_token_id": BOS_ID,
+        "eos_token_id": [EOS_ID, END_OF_TURN_ID],
+        "pad_token_id": PAD_ID,
+    }
+    if "backbone_hidden_size" in config:
+        generation["num_assistant_tokens"] = DRAFT_DEFAULT
+    stored = {
+        name if name.startswith(_TOP_LEVEL) else f"model.{name}": weight.to(torch.bfloat16)
+        for name, weight in weights.items()
+    }
+    with new_directory(directory) as unfinished:
+        write_json(unfinished / CONFIG_NAME, config)
+        write_json(unfinished / "generation_config.json", generation)
+        write_weights(unfinished, stored)
+        for path in tokenizer_directory.iterdir():
+            (unfinished / path.name).write_bytes(path.read_bytes())
+
+
+def load_exported_target(
+    directory: Path, config: Gemma4Config, device: torch.device
+) -> dict[str, Tensor]:
+    """The target's weights as they are served (rounded to bf16), in fp32, by canonical name."""
+    weights, _ = load_tensors(
+        Checkpoint.open(directory),
+        gemma4.expected_tensors(config),
+        gemma4.ignore_rules(config),
+        prefixes=gemma4.PREFIXES,
+        dtype=torch.float32,
+    )
+    return {name: weight.to(device) for name, weight in weights.items()}
