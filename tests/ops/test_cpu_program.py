@@ -8,8 +8,9 @@ from torch import Tensor
 
 from outdraft import _core
 from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
-from outdraft.ops.cpu import CpuOps, Program
+from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PackedLinear
+from outdraft.ops.program import Program
 
 
 class Layer:
@@ -58,7 +59,7 @@ class Layer:
 def test_replay_gives_the_same_bits(ops: CpuOps, n_rows: int, rng: torch.Generator) -> None:
     layer = Layer(n_rows, rng)
     program = Program()
-    recorded = layer.forward(CpuOps(program))
+    recorded = layer.forward(CpuOps(program=program))
     assert len(program) > 10
     for position in (0, n_rows, 2 * n_rows):
         layer.set_inputs(torch.randint(0, 100, (n_rows,), generator=rng), position)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import PAGE_SLOTS, PagedRows
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, Rotary
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 
 OPS = ReferenceOps()
@@ -35,6 +35,10 @@ def assert_row_invariant(f: Callable[[Tensor], Tensor], x: Tensor, seed: int) ->
             assert torch.equal(f(call)[at], whole[row]), (n_rows, at)
 
 
+def gated_halves(both: Tensor) -> Tensor:
+    return OPS.gated(*both.chunk(2, dim=-1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n,k", [(96, 64), (130, 77), (512, 1536), (33, 352)])
 def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
@@ -56,28 +60,36 @@ def test_rms_norm_and_gelu(width: int, dtype: torch.dtype) -> None:
     assert_row_invariant(lambda rows: OPS.rms_norm(rows, weight, 1e-6), x, seed=3)
     both = torch.cat((x, x.flip(0)), dim=-1)
     exact = F.gelu(wide, approximate="tanh") * wide.flip(0)
-    assert (OPS.gated_gelu(both).double() - exact).abs().max() <= 8 * eps * exact.abs().max()
-    assert_row_invariant(OPS.gated_gelu, both, seed=4)
+    assert (gated_halves(both).double() - exact).abs().max() <= 8 * eps * exact.abs().max()
+    assert_row_invariant(gated_halves, both, seed=4)
 
 
 def test_gelu_of_a_long_ragged_tensor_is_elementwise() -> None:
     # More elements than one thread takes, and no whole number of vectors: the leftovers of a plain
     # call get other bits.
     x = randn(1, 45, 1511)
-    pieces = [OPS.gelu(piece) for piece in x.reshape(-1, 5)[:400]]
-    assert torch.equal(torch.stack(pieces).flatten(), OPS.gelu(x).flatten()[:2000])
+    ones = torch.ones_like(x)
+    pieces = [OPS.gated(piece, torch.ones(5)) for piece in x.reshape(-1, 5)[:400]]
+    assert torch.equal(torch.stack(pieces).flatten(), OPS.gated(x, ones).flatten()[:2000])
 
 
 def test_norm_rope_turns_pairs() -> None:
     x, weight = randn(1, 5, 3, 32), randn(2, 32)
-    angle = randn(3, 5, 16)
-    cos, sin = (torch.cat((t, t), dim=-1) for t in (angle.cos(), angle.sin()))
-    got = OPS.norm_rope(x, weight, cos, sin, 1e-6)
+    table = randn(3, 9, 16)
+    position = torch.tensor([3, 0, 8, 4, 5], dtype=torch.int32)
+    angle = table[position]
+    got = OPS.norm_rope(x, weight, Rotary(table.cos(), table.sin(), position), 1e-6)
     wide = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     pair = torch.complex(wide[..., :16], wide[..., 16:])
     turned = pair * torch.polar(torch.ones(5, 1, 16).double(), angle.double()[:, None])
     exact = torch.cat((turned.real, turned.imag), dim=-1)
     assert (got.double() - exact).abs().max() < 1e-5
+
+
+def rows_of(pages: list[int], first: int, lo: list[int], hi: list[int]) -> AttentionRows:
+    """Rows of one sequence, whose table begins at page `first`."""
+    numbers = ([pages], [first], [0] * len(lo), lo, hi)
+    return AttentionRows(*(torch.tensor(x, dtype=torch.int32) for x in numbers))
 
 
 def paged(seed: int, n_pages: int, n_kv: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +125,7 @@ def test_attention(heads: int, n_kv: int, dim: int, window: int | None) -> None:
     hi = [last - n_rows + 1 + t for t in range(n_rows)]
     lo = [0 if window is None else max(0, p - window + 1) for p in hi]
     q = randn(3, n_rows, heads, dim) * dim**-0.5
-    got = OPS.attention(q, k, v, PagedRows(pages, 0, lo, hi), 1.0)
+    got = OPS.attention(q, KvPages(k, v), rows_of(pages, 0, lo, hi), 1.0)
     exact = plain_attention(q, contiguous(k, pages), contiguous(v, pages), lo, hi)
     assert (got.double() - exact).abs().max() < 2e-5
     # A row alone, with only the pages it needs, in other places of another pool.
@@ -122,7 +134,9 @@ def test_attention(heads: int, n_kv: int, dim: int, window: int | None) -> None:
         first, end = lo[t] // PAGE_SLOTS, hi[t] // PAGE_SLOTS + 1
         moved = [4, 5, 0, 2][: end - first]
         k2[moved], v2[moved] = k[pages[first:end]], v[pages[first:end]]
-        alone = OPS.attention(q[t : t + 1], k2, v2, PagedRows(moved, first, [lo[t]], [hi[t]]), 1.0)
+        alone = OPS.attention(
+            q[t : t + 1], KvPages(k2, v2), rows_of(moved, first, [lo[t]], [hi[t]]), 1.0
+        )
         assert torch.equal(alone[0], got[t]), t
 
 
@@ -130,9 +144,9 @@ def test_attention_ignores_what_lies_above_the_visible_keys() -> None:
     k, v = paged(1, 3, 2, 16)
     rows = ([1, 2], 0, [0, 0], [69, 70])
     q = randn(2, 2, 4, 16)
-    before = OPS.attention(q, k, v, PagedRows(*rows), 1.0)
+    before = OPS.attention(q, KvPages(k, v), rows_of(*rows), 1.0)
     k[2, :, 7:], v[2, :, 7:] = 1e6, -1e6
-    assert torch.equal(OPS.attention(q, k, v, PagedRows(*rows), 1.0), before)
+    assert torch.equal(OPS.attention(q, KvPages(k, v), rows_of(*rows), 1.0), before)
 
 
 def test_experts() -> None:

@@ -42,7 +42,10 @@ def bench(
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,
+    backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
+    quant: options.Bits = "auto",
+    kv_dtype: options.KvType = "bf16",
     threads: options.Threads = None,
 ) -> None:
     """Measure plain decoding against drafting, by kind of prompt.
@@ -53,7 +56,10 @@ def bench(
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
         sample_drafts=spec_draft_sample,
+        backend=backend,
         dtype=dtype,
+        quant=quant,
+        kv_dtype=kv_dtype,
         max_sequences=1,
         threads=threads,
     )
@@ -79,7 +85,7 @@ def bench(
 def settings_of(llm: "LLM", sampled: SamplingParams) -> dict[str, Any]:
     """What the measurement depends on, for the report."""
     return {
-        "dtype": str(llm.target.dtype).removeprefix("torch."),
+        "computes": llm.describe(),
         "drafter": llm.pairing.reason,
         "draft_n_max": llm.pairing.n_draft_max,
         "sample_drafts": llm.config.sample_drafts,

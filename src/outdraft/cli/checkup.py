@@ -26,7 +26,7 @@ from outdraft.weights.find import find_assistant
 from outdraft.weights.load import ExpectedTensor, IgnoreRule, load_tensors
 from outdraft.weights.quantise import is_int8_channel
 
-KV_BYTES = 4  # keys and values are kept in fp32
+KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
 
 # First match wins: part of a tensor's name -> the group that its parameters are counted in.
 PARAMETER_GROUPS = (

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from outdraft.config import DType, SpecType
+from outdraft.config import Backend, DType, KvDType, Quant, SpecType
 
 Model = Annotated[
     str,
@@ -32,9 +32,16 @@ DraftSample = Annotated[
         help="At temperature above 0, draw drafts instead of taking the most probable token.",
     ),
 ]
-Compute = Annotated[
-    DType, typer.Option("--dtype", help="Compute type: auto, bfloat16, float16 or float32.")
+Kernels = Annotated[
+    Backend,
+    typer.Option("--backend", help="cpu (compiled), reference (PyTorch), or auto."),
 ]
+Compute = Annotated[
+    DType,
+    typer.Option("--dtype", help="Type of the reference: auto, bfloat16, float16 or float32."),
+]
+Bits = Annotated[Quant, typer.Option("--quant", help="Weights of cpu: auto, bf16, w8 or w4.")]
+KvType = Annotated[KvDType, typer.Option("--kv-dtype", help="Keys and values of cpu.")]
 CtxSize = Annotated[
     int | None, typer.Option(help="Longest sequence in tokens; the model's, at most 8192.")
 ]

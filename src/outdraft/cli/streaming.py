@@ -35,9 +35,10 @@ def load(model: str, config: EngineConfig) -> LLM:
     with remarks().status(f"loading {harmless(model)}"):
         llm = LLM(model, config)
     target = llm.target
-    dtype = str(target.dtype).removeprefix("torch.")
     n_params = target.report.n_params
-    remark(f"model: {target.path} ({n_params / 1e6:,.1f}M, {dtype}, context {llm.ctx_size})")
+    remark(
+        f"model: {target.path} ({n_params / 1e6:,.1f}M, {llm.describe()}, {llm.ctx_size} tokens)"
+    )
     drafts = f"; up to {llm.pairing.n_draft_max} a step" if llm.pairing.drafter else ""
     remark(f"drafts: {llm.pairing.reason}{drafts}")
     for group in target.report.ignored:

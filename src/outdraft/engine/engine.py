@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from outdraft import _core
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
 from outdraft.engine.runner import Runner
@@ -19,6 +20,7 @@ from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.errors import OutdraftError, PromptError
 from outdraft.models.registry import load_target
+from outdraft.ops.reference import ReferenceOps
 from outdraft.request import FinishReason, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
 from outdraft.speculate.stats import DraftStats, StepTimes
@@ -76,6 +78,7 @@ class LLM:
         self.config = config or EngineConfig()
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+            _core.set_threads(self.config.threads)
         path = resolve_model(model)
         self.target = load_target(path, self.config)
         self.pairing = build_drafter(self.target, self.config)
@@ -104,6 +107,13 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         for sequence_id in [*self.scheduler.running, *(s.id for s in self.scheduler.waiting)]:
             self.abort(sequence_id)
+
+    def describe(self) -> str:
+        """What computes, and in which types, in a few words for people."""
+        ops = self.target.ops
+        if not isinstance(ops, ReferenceOps):
+            return ops.describe()
+        return f"{ops.describe()}, {str(self.target.dtype).removeprefix('torch.')}"
 
     def set_draft_n_max(self, k: int) -> None:
         """Draft at most k tokens from the next step on; 0 decodes plainly.

@@ -154,10 +154,15 @@ class Layer:
         norms = {}
         for name, tensor in own.items():
             if tensor.ndim == 1:
-                norms[name] = tensor.float()
+                norms[name] = at_least_fp32(tensor)
             else:
                 matrices[name] = ops.pack(tensor, "router" if "router" in name else "linear")
         return cls(norms, matrices, scalar, gate_up[0].shape[0])
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or as it is when wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Gemma4:
@@ -189,8 +194,8 @@ class Gemma4:
         if config.ple_size:
             self.ple_table = ops.pack(rest.pop("embed_tokens_per_layer.weight"), "embedding")
             self.ple_projection = ops.pack(rest.pop("per_layer_model_projection.weight"))
-            self.ple_norm = rest.pop("per_layer_projection_norm.weight").float()
-        self.norm = rest.pop("norm.weight").float()
+            self.ple_norm = at_least_fp32(rest.pop("per_layer_projection_norm.weight"))
+        self.norm = at_least_fp32(rest.pop("norm.weight"))
         n_positions = n_positions or config.max_position_embeddings
         self.rotary: dict[LayerKind, tuple[Tensor, Tensor]] = {
             kind: rotary_table(

@@ -29,7 +29,7 @@ Weight: TypeAlias = Any
 
 @dataclass(frozen=True, slots=True)
 class KvPages:
-    """Keys and values of a layer, each [P, G, S, D] in fp32, bf16, or int8 with scales [P, G, S]."""
+    """Keys and values of a layer, [P, G, S, D] in fp32, bf16, or int8 with scales [P, G, S]."""
 
     k_PGSD: Tensor
     v_PGSD: Tensor
@@ -92,6 +92,10 @@ class Heads:
 
 class Ops(Protocol):
     """See the module docstring. Activations are fp32, bf16 or fp16."""
+
+    def describe(self) -> str:
+        """What computes and how weights are stored, in a few words for people."""
+        ...
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -189,7 +193,7 @@ class Ops(Protocol):
         ...
 
     def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Weight:
-        """The weight's rows in C blocks, block c of rows `ids_CN[c]`, as `score_blocks` reads it."""
+        """The weight's rows in C blocks, block c of rows `ids_CN[c]`, for `score_blocks`."""
         ...
 
     def score_blocks(

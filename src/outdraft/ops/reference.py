@@ -47,6 +47,10 @@ class ReferenceOps:
 
     tile: int = TILE_ROWS
 
+    def describe(self) -> str:
+        """See `Ops.describe`."""
+        return "reference (PyTorch)" if self.tile == TILE_ROWS else "reference, row by row"
+
     @property
     def kv_dtype(self) -> torch.dtype:
         """Attention computes in fp32, so keys and values are kept so."""

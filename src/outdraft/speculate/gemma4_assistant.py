@@ -21,7 +21,6 @@ from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 
-
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

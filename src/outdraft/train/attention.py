@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outdraft.models.gemma4_config import Gemma4Config, LayerKind
+from outdraft.ops.base import Heads
+from outdraft.ops.batched import BatchedOps
+
+OPS = BatchedOps()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,12 @@ class SequenceAttention:
         self.keys_values: dict[int, KeysValues] = {}
         self.masks = kind_masks(config, length)
 
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`."""
-        if k_TGD is not None and v_TGD is not None:
+        if k is not None and v is not None:
             self.keys_values[layer] = KeysValues(
-                split_sequences(k_TGD, self.n_sequences), split_sequences(v_TGD, self.n_sequences)
+                split_sequences(k.value(OPS), self.n_sequences),
+                split_sequences(v.value(OPS), self.n_sequences),
             )
         source = self.keys_values[self.config.kv_source(layer)]
         return attend(q_THD, source, self.masks[self.config.layer_types[layer]])
@@ -83,11 +86,9 @@ class FrozenAttention:
         }
         self.masks = kind_masks(config, n_anchors)
 
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`."""
-        assert k_TGD is None and v_TGD is None
+        assert k is None and v is None
         kind = self.config.layer_types[layer]
         return attend(q_THD, self.keys_values[kind], self.masks[kind])
 

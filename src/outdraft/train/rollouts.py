@@ -14,8 +14,9 @@ from torch import Tensor
 
 from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4_config import Gemma4Config
+from outdraft.ops.base import Heads
 from outdraft.ops.batched import BatchedOps
-from outdraft.train.attention import KeysValues, attend
+from outdraft.train.attention import OPS, KeysValues, attend
 from outdraft.train.weights import compute_in
 
 TEMPERATURES = (0.0, 0.0, 0.4, 0.7, 1.0)
@@ -72,12 +73,10 @@ class CachedAttention:
         self.position = 0
         self.keys_values: dict[int, KeysValues] = {}
 
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor | None, v_TGD: Tensor | None, /
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`."""
-        if k_TGD is not None and v_TGD is not None:
-            self._store(layer, k_TGD, v_TGD)
+        if k is not None and v is not None:
+            self._store(layer, k.value(OPS), v.value(OPS))
         cache = self.keys_values[self.config.kv_source(layer)]
         sliding = self.config.layer_types[layer] == "sliding_attention"
         first = max(0, self.position + 1 - self.config.sliding_window) if sliding else 0
