@@ -206,7 +206,7 @@ def test_generated_pairs_follow_the_target(i: int) -> None:
 def test_many_generated_pairs_follow_the_target(
     combination: tuple[int, float, int, float, float], drafts: str
 ) -> None:
-    holds(combination, drafts, 20_000)
+    holds(combination, drafts, 4_000)
 
 
 @pytest.mark.parametrize("drafts", DRAFTERS)

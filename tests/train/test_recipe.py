@@ -147,11 +147,11 @@ def test_minutes_become_steps_once(
     settings = Settings("tiny", minutes=2.0, data=(str(text),))
     monkeypatch.setattr(run, "seconds_per_step", lambda *_: 0.5)
     opened = Run.open(tmp_path / "run", settings)
-    n_steps = opened.n_steps("target", lambda phase: (None, phase))  # type: ignore[arg-type, return-value]
+    n_steps = opened.n_steps("target", lambda: None)  # type: ignore[arg-type, return-value]
     assert n_steps == round(120 * run.TRAINING_SHARE * 0.6 / 0.5)
     monkeypatch.setattr(run, "seconds_per_step", lambda *_: 0.1)
     resumed = Run.open(tmp_path / "run", settings)
-    assert resumed.n_steps("target", lambda phase: (None, phase)) == n_steps  # type: ignore[arg-type, return-value]
+    assert resumed.n_steps("target", lambda: None) == n_steps  # type: ignore[arg-type, return-value]
 
 
 def test_own_text_is_what_the_target_says() -> None:

@@ -75,7 +75,8 @@ def verify_sampled(
     Args:
         draft_ids_K: int64 [K].
         q_KV: [K, V], what the drafts were drawn from; None if they were not drawn (argmax,
-            n-gram): then q is 1 at the draft, whatever the drafter's scores say.
+            n-gram): then q is 1 at the draft, whatever the drafter's scores say. None is right for
+            drawn drafts too, but keeps fewer of them; a q they were not drawn from never is.
         p_RV: [K + 1, V], the target's, after temperature and filters.
         accept_u_K: a number in [0, 1) for the test of each draft (`Purpose.ACCEPT`).
         final_u_R: a number in [0, 1) for the target's token, for each row where the block may end

@@ -28,7 +28,7 @@ from outdraft.train.rollouts import Rollouts
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, Run, Settings
 from outdraft.train.select import Prompt, heldout_prompts, measure_drafting
 from outdraft.train.tokenizer import train_tokenizer, write_tokenizer
-from outdraft.train.trainer import Objective, Phase, Progress, Report, StopFlag, run_phase
+from outdraft.train.trainer import Objective, Progress, Report, StopFlag, run_phase
 from outdraft.train.weights import fresh_weights, make_trainable
 from outdraft.train.windows import Windows, encode_texts
 from outdraft.weights.config import read_json
@@ -90,7 +90,7 @@ class Stages:
         run, preset = self.run, self.run.preset
         if run.own_text.exists():
             return
-        n_steps = run.n_steps("assistant", self._time_assistant)
+        n_steps = run.n_steps("assistant", self._timed_assistant)
         wanted = math.ceil(n_steps * self._n_own / OWN_TEXT_PASSES)
         prompts = Windows(self._stream(), preset.context, run.settings.seed + 1)
         config = Gemma4Config.from_hf(preset.target_config())
@@ -166,7 +166,7 @@ class Stages:
 
     def _train(self, name: str, objective: Callable[[], Objective]) -> Objective:
         """Run a phase from its fresh or stored state to its end."""
-        n_steps = self.run.n_steps(name, lambda phase: (objective(), phase))
+        n_steps = self.run.n_steps(name, objective)
         phase = self.run.phase(name, n_steps)
         trained = objective()
         run_phase(phase, trained, self.report, self.stop)
@@ -195,11 +195,11 @@ class Stages:
             preset.assistant_batch * (preset.context + 1 - preset.unroll),
         )
 
-    def _time_assistant(self, phase: Phase) -> tuple[Objective, Phase]:
-        """Text stands in for what the target has yet to write."""
+    def _timed_assistant(self) -> Objective:
+        """One to be timed: text stands in for what the target has yet to write."""
         preset = self.run.preset
         windows = Windows(self._stream(), preset.context, 0)
-        return self._assistant_objective(windows.batch(0, preset.assistant_batch)), phase
+        return self._assistant_objective(windows.batch(0, preset.assistant_batch))
 
     @property
     def _n_own(self) -> int:

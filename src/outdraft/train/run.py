@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from outdraft.errors import TrainingError
+from outdraft.models.registry import DTYPES
 from outdraft.train.checkpoint import CheckpointStore, fingerprint, replace_json
 from outdraft.train.optimiser import OptimiserConfig
 from outdraft.train.presets import PRESETS, Preset
@@ -28,6 +29,7 @@ TRAINING_SHARE = 0.82
 """Share of the minutes for the two phases; the rest is text, own text, selection and report."""
 
 CHECKPOINTS_PER_PHASE = 20
+_TIMED_PHASE = 1000  # steps of a phase that is only timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Run:
         self.settings = settings
         self.preset: Preset = PRESETS[settings.preset]
         self.decided = decided
-        self.dtype: torch.dtype = getattr(torch, decided["dtype"])
+        self.dtype: torch.dtype = DTYPES[decided["dtype"]]
         self.device = torch.device(settings.device)
         self.data, self.tokenizer = out / "data", out / "tokenizer"
         self.own_text = out / "own-text"
@@ -113,12 +115,12 @@ class Run:
         torch.set_num_threads(decided["threads"])
         return cls(out, settings, decided)
 
-    def n_steps(self, name: str, example: Callable[[Phase], tuple[Objective, Phase]]) -> int:
+    def n_steps(self, name: str, example: Callable[[], Objective]) -> int:
         """The number of steps of a phase, decided when it is first asked for.
 
         Args:
             name: `target` or `assistant`.
-            example: gives an objective that may be trained a little, to time it.
+            example: gives an objective of its own to time; it is trained a little.
         """
         steps: dict[str, int] = self.decided["steps"]
         if name not in steps:
@@ -130,7 +132,7 @@ class Run:
                 assert self.settings.minutes is not None
                 seconds = self.settings.minutes * 60 * TRAINING_SHARE
                 seconds *= share if name == "assistant" else 1 - share
-                wanted = seconds / seconds_per_step(*example(self.phase(name, 1000)))
+                wanted = seconds / seconds_per_step(example(), self.phase(name, _TIMED_PHASE))
             steps[name] = max(1, round(wanted))
             replace_json(self.out / RUN_NAME, self.decided)
         return steps[name]
