@@ -1,6 +1,6 @@
 """The unrolled graph against an explicit loop over rounds of one anchor each, losses and gradients.
 
-Both use the model's own arithmetic, in fp64 (its logits are fp32); the loop has its own attention,
+Both use the model's own arithmetic, in fp64; the loop has its own attention,
 one query at a time over the keys that the protocol lets it see.
 """
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4_assistant import Gemma4Assistant
+from outdraft.ops.base import Heads
 from outdraft.train import attention, gemma4_assistant
 from outdraft.train.gemma4_assistant import target_states, unrolled_loss
 from tests.train.graphs import WINDOW, build
@@ -34,13 +35,13 @@ def one_round(target: Gemma4, assistant: Gemma4Assistant, ids_S: Tensor, t: int)
     n = len(ids_S)
     types = target.config.layer_types
 
-    def causal(layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+    def causal(layer: int, q: Tensor, k: Heads | None, v: Heads | None) -> Tensor:
         assert k is not None and v is not None
-        known[layer] = (k, v)
+        known[layer] = (k.value(target.ops), v.value(target.ops))
         rows = []
         for i in range(n):
             first = max(0, i + 1 - WINDOW) if types[layer] == "sliding_attention" else 0
-            keys, values = (x[first : i + 1].transpose(0, 1) for x in (k, v))
+            keys, values = (x[first : i + 1].transpose(0, 1) for x in known[layer])
             rows.append(one_query(q[i], keys, values))
         return torch.stack(rows)
 
@@ -48,7 +49,7 @@ def one_round(target: Gemma4, assistant: Gemma4Assistant, ids_S: Tensor, t: int)
         hidden = target.forward(ids_S, torch.arange(n), causal)
         p = torch.softmax(target.logits(hidden), dim=-1)
 
-    def frozen(layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+    def frozen(layer: int, q: Tensor, k: Heads | None, v: Heads | None) -> Tensor:
         kind = assistant.config.text.layer_types[layer]
         first = max(0, t + 1 - WINDOW) if kind == "sliding_attention" else 0
         last_owner = max(i for i, other in enumerate(types) if other == kind)
@@ -112,10 +113,10 @@ def test_a_peek_at_the_newest_tokens_key_is_seen(monkeypatch: pytest.MonkeyPatch
 
 def test_no_gradient_reaches_the_target() -> None:
     target, assistant, _ = build()
-    for weight in (target.embedding, *(layer.qkv for layer in target.layers)):
+    for weight in (target.embedding, *(layer.matrices["qkv"] for layer in target.layers)):
         weight.requires_grad_()
     ids = windows(target.config.vocab_size)
     states = gemma4_assistant.target_states(target, ids, torch.float64)
     unrolled_loss(assistant, states, N_STEPS).backward()
     assert target.embedding.grad is None
-    assert all(layer.qkv.grad is None for layer in target.layers)
+    assert all(layer.matrices["qkv"].grad is None for layer in target.layers)

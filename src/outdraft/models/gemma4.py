@@ -143,7 +143,7 @@ class Layer:
             for name in list(weights)
             if name.startswith(prefix)
         }
-        scalar = float(own.pop("layer_scalar"))
+        scalar = float(own.pop("layer_scalar").detach())
         stacks = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         qkv = [own.pop(name) for name in stacks if name in own]
         gate_up = [own.pop("mlp.gate_proj"), own.pop("mlp.up_proj")]

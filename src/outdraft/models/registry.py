@@ -18,7 +18,7 @@ from outdraft.errors import ModelError
 from outdraft.models import gemma4
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
 from outdraft.ops.base import Ops
-from outdraft.ops.cpu import CpuOps
+from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
@@ -106,7 +106,12 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
 
 
 def choose_ops(
-    config: EngineConfig, *, int8_weights: bool, weights: Iterable[Tensor], drafter: bool = False
+    config: EngineConfig,
+    model: Gemma4Config,
+    *,
+    int8_weights: bool,
+    weights: Iterable[Tensor],
+    drafter: bool = False,
 ) -> Ops:
     """Operations for these weights: compiled kernels, or plain PyTorch.
 
@@ -114,13 +119,14 @@ def choose_ops(
     in acceptance.
 
     Raises:
-        ModelError: kernels were asked for together with a dtype, which they do not have.
+        ModelError: the kernels were asked for and cannot run this.
     """
-    if config.backend == "cpu" and config.dtype != "auto":
-        raise ModelError(
-            f"backend cpu has no dtype {config.dtype}", "choose --quant, or --backend reference"
-        )
-    if config.backend == "cpu" or (config.backend == "auto" and config.dtype == "auto"):
+    odd = [shape.head_dim for shape in model.attention if shape.head_dim % HEAD_DIM_MULTIPLE]
+    if config.backend == "cpu" and (config.dtype != "auto" or odd):
+        what = f"heads of {odd[0]}" if odd else f"dtype {config.dtype}"
+        raise ModelError(f"backend cpu has no {what}", "use --backend reference")
+    kernels = config.backend == "auto" and config.dtype == "auto" and not odd
+    if config.backend == "cpu" or kernels:
         quant = config.quant
         if quant == "auto":
             quant = "w8" if int8_weights else "bf16"
@@ -150,7 +156,7 @@ def load_target(path: Path, engine: EngineConfig) -> Target:
         dtype=torch_dtype,
         int8_channel=int8_weights,
     )
-    ops = choose_ops(engine, int8_weights=int8_weights, weights=weights.values())
+    ops = choose_ops(engine, config, int8_weights=int8_weights, weights=weights.values())
     n_positions = min(config.max_position_embeddings, engine.ctx_size or DEFAULT_CTX_SIZE)
     model = family.build(config, weights, ops, n_positions)
     return Target(path, family, config, model, report, torch_dtype, ops, n_positions)

@@ -18,6 +18,8 @@ from outdraft.ops.packed import Format, PackedLinear
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
 
+HEAD_DIM_MULTIPLE = 32  # halves of a head are turned sixteen at a time
+
 
 @dataclass(slots=True)
 class CpuOps(Kernels):

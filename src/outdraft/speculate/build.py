@@ -87,7 +87,9 @@ def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfi
         dtype=target.dtype,
         int8_channel=int8_weights,
     )
-    ops = choose_ops(config, int8_weights=int8_weights, weights=weights.values(), drafter=True)
+    ops = choose_ops(
+        config, assistant.text, int8_weights=int8_weights, weights=weights.values(), drafter=True
+    )
     model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
     kv_layers: dict[str, int] = {
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
