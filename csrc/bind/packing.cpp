@@ -28,7 +28,7 @@ void bind_structs(nb::module_& m) {
                               pointer<const void>(zeros)};
           },
           "format"_a, "n"_a, "k"_a, "group"_a, "n_blocks"_a, "data"_a, "scales"_a, "zeros"_a)
-      .def_prop_ro("data_bytes", [](const Weight& w) { return w.panels() * panel_bytes(w); });
+      .def_prop_ro("data_bytes", [](const Weight& w) { return panel_count(w) * panel_bytes(w); });
   nb::class_<KvPages>(m, "KvPages")
       .def(
           "__init__",
