@@ -23,9 +23,9 @@ constexpr int kPanel = 16;  // output rows that lie interleaved in one stream of
 // A weight matrix [n, k], or `n_blocks` of them (experts), packed by core/pack.h.
 struct Weight {
   Format format = Format::bf16;
-  int32_t n = 0;         // output rows of one block
-  int32_t k = 0;         // inputs
-  int32_t group = 0;     // inputs that share a scale (w4)
+  int32_t n = 0;      // output rows of one block
+  int32_t k = 0;      // inputs
+  int32_t group = 0;  // inputs that share a scale (w4)
   int32_t n_blocks = 1;
   const uint8_t* data = nullptr;
   const void* scales = nullptr;  // w8: fp32 a row; w4: fp16 [panel][group][16]

@@ -1,8 +1,8 @@
 // Linear layers over packed weights: one panel of 16 outputs times a block of rows at a time.
 //
 // Weights are read once for all rows of a block. A row's result cannot depend on the others: inside
-// a group the sum is an exact integer, and the fp32 adds over groups (or, for bf16, over inputs) are
-// in the order of the inputs, one accumulator per row.
+// a group the sum is an exact integer, and the fp32 adds over groups (or, for bf16, over inputs)
+// are in the order of the inputs, one accumulator per row.
 #pragma once
 
 #include "kernels/rows.h"
@@ -14,10 +14,15 @@ constexpr int64_t kRowChunk = 128;
 
 // Asks for weights ahead of their use; hardware prefetchers alone leave a third of the bandwidth.
 // With few rows the loads themselves are the limit and the first-level cache is the place to fetch
-// to; with more, arithmetic takes as long as memory, and only a long lead hides one behind the other.
-// Not multiples of 4096: those would fall on the cache sets in use. kFirst below: the panel has not
-// been read by an earlier block of rows.
+// to; with more, arithmetic takes as long as memory, and only a long lead hides one behind the
+// other. Not multiples of 4096: those would fall on the cache sets in use. kFirst below: the panel
+// has not been read by an earlier block of rows.
 enum class Ahead { near, far, none };
+
+static constexpr Ahead lead(bool first, int rows, int many_rows) {
+  if (!first) return Ahead::none;
+  return rows >= many_rows ? Ahead::far : Ahead::near;
+}
 
 template <Ahead kAhead>
 static inline void prefetch(const uint8_t* p) {
@@ -39,7 +44,7 @@ struct Bf16 {
     F even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = zero();
     for (int64_t k = 0; k < w.k; k += 2, weights += 64) {
-      prefetch<kFirst ? (R >= 2 ? Ahead::far : Ahead::near) : Ahead::none>(weights);
+      prefetch<lead(kFirst, R, 2)>(weights);
       const B pairs = load_bytes(weights);
       const F first = first_of_pairs(pairs), second = second_of_pairs(pairs);
       for (int r = 0; r < R; ++r) {
@@ -65,7 +70,7 @@ struct W8 {
     int64_t k = 0;
     for (; k + 4 * kChains <= w.k; k += 4 * kChains) {
       for (int c = 0; c < kChains; ++c, weights += 64) {
-        prefetch<kFirst ? (R >= 6 ? Ahead::far : Ahead::near) : Ahead::none>(weights);
+        prefetch<lead(kFirst, R, 6)>(weights);
         const B bytes = load_bytes(weights);
         for (int r = 0; r < R; ++r)
           acc[c * R + r] = dot_w8(acc[c * R + r], bytes, four_bytes(x[r] + k + 4 * c));
@@ -96,7 +101,8 @@ struct W4 {
     const int64_t groups = (w.k + w.group - 1) / w.group;
     const uint8_t* weights = w.data + panel * panel_bytes(w);
     const auto* scales = static_cast<const uint16_t*>(w.scales) + panel * groups * kPanel;
-    const auto* zeros = static_cast<const uint8_t*>(w.zeros) + (kZeros ? panel * groups * kPanel : 0);
+    const auto* zeros =
+        static_cast<const uint8_t*>(w.zeros) + (kZeros ? panel * groups * kPanel : 0);
     F total[R];
     for (int r = 0; r < R; ++r) total[r] = zero();
     for (int64_t g = 0; g < groups; ++g) {
@@ -106,7 +112,7 @@ struct W4 {
         acc[r] = mul_i(zero_points, set1_i(four_bytes(x[r] + layout.sums + 4 * g)));
       for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 32) {
         for (int64_t j = k; j < k + 32; j += 8, weights += 64) {
-          prefetch<kFirst ? (R >= 2 ? Ahead::far : Ahead::near) : Ahead::none>(weights);
+          prefetch<lead(kFirst, R, 2)>(weights);
           const B bytes = load_bytes(weights);
           const B low = low_nibbles(bytes), high = high_nibbles(bytes);
           for (int r = 0; r < R; ++r) acc[r] = dot_w4(acc[r], low, four_bytes(x[r] + j));
@@ -130,7 +136,8 @@ struct RowBlock {
 };
 
 template <class Kernel, int R, bool kFirst = true>
-static void panel_times_rows(const Weight& w, int64_t panel, const RowBlock& rows, const Matrix& y) {
+static void panel_times_rows(const Weight& w, int64_t panel, const RowBlock& rows,
+                             const Matrix& y) {
   F out[R];
   Kernel::template dot<R, kFirst>(w, panel, rows.x, out);
   const int64_t column = panel % panels_per_block(w) * kPanel;
@@ -138,20 +145,28 @@ static void panel_times_rows(const Weight& w, int64_t panel, const RowBlock& row
 }
 
 template <class Kernel>
-static inline void panel_times_block(const Weight& w, int64_t panel, int64_t n, const RowBlock& rows,
-                                     const Matrix& y) {
+static inline void panel_times_block(const Weight& w, int64_t panel, int64_t n,
+                                     const RowBlock& rows, const Matrix& y) {
   switch (n) {
-    case 1: return panel_times_rows<Kernel, 1>(w, panel, rows, y);
-    case 2: return panel_times_rows<Kernel, 2>(w, panel, rows, y);
-    case 3: return panel_times_rows<Kernel, 3>(w, panel, rows, y);
-    case 4: return panel_times_rows<Kernel, 4>(w, panel, rows, y);
+    case 1:
+      return panel_times_rows<Kernel, 1>(w, panel, rows, y);
+    case 2:
+      return panel_times_rows<Kernel, 2>(w, panel, rows, y);
+    case 3:
+      return panel_times_rows<Kernel, 3>(w, panel, rows, y);
+    case 4:
+      return panel_times_rows<Kernel, 4>(w, panel, rows, y);
   }
   if constexpr (kRowBlock == 8) {
     switch (n) {
-      case 5: return panel_times_rows<Kernel, 5>(w, panel, rows, y);
-      case 6: return panel_times_rows<Kernel, 6>(w, panel, rows, y);
-      case 7: return panel_times_rows<Kernel, 7>(w, panel, rows, y);
-      case 8: return panel_times_rows<Kernel, 8>(w, panel, rows, y);
+      case 5:
+        return panel_times_rows<Kernel, 5>(w, panel, rows, y);
+      case 6:
+        return panel_times_rows<Kernel, 6>(w, panel, rows, y);
+      case 7:
+        return panel_times_rows<Kernel, 7>(w, panel, rows, y);
+      case 8:
+        return panel_times_rows<Kernel, 8>(w, panel, rows, y);
     }
   }
 }
@@ -182,8 +197,10 @@ static void linear_format(const LinearArgs& a, const Worker& worker) {
 
 static void linear(const LinearArgs& a, const Worker& worker) {
   switch (a.weight.format) {
-    case Format::bf16: return linear_format<Bf16>(a, worker);
-    case Format::w8: return linear_format<W8>(a, worker);
+    case Format::bf16:
+      return linear_format<Bf16>(a, worker);
+    case Format::w8:
+      return linear_format<W8>(a, worker);
     case Format::w4:
       return a.weight.zeros ? linear_format<W4<true>>(a, worker)
                             : linear_format<W4<false>>(a, worker);
@@ -213,8 +230,10 @@ static void expert_format(const ExpertLinearArgs& a, const Worker& worker) {
 
 static void expert_linear(const ExpertLinearArgs& a, const Worker& worker) {
   switch (a.weight.format) {
-    case Format::bf16: return expert_format<Bf16>(a, worker);
-    case Format::w8: return expert_format<W8>(a, worker);
+    case Format::bf16:
+      return expert_format<Bf16>(a, worker);
+    case Format::w8:
+      return expert_format<W8>(a, worker);
     case Format::w4:
       return a.weight.zeros ? expert_format<W4<true>>(a, worker)
                             : expert_format<W4<false>>(a, worker);

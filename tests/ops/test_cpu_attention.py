@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.ops.cpu import AttentionRows, CpuOps, KvPages, PageSlots, Rotary
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.cpu_args import AttentionRows, KvPages, PageSlots, Rotary
 
 SLOTS = 64
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]

@@ -138,9 +138,7 @@ def test_zero_rows_stay_zero(ops: CpuOps, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_embedding_rows(
-    ops: CpuOps, case: tuple[Format, int, bool], rng: torch.Generator
-) -> None:
+def test_embedding_rows(ops: CpuOps, case: tuple[Format, int, bool], rng: torch.Generator) -> None:
     packed, weight = random_packed(case, 45, 70, rng)
     tokens = torch.randint(0, 45, (9,), generator=rng, dtype=torch.int32)
     rows = ops.embed(packed, tokens, 3.5, torch.empty(9, 70))

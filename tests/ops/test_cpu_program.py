@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.cpu import AttentionRows, CpuOps, KvPages, PageSlots, Program, Rotary
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.cpu_args import AttentionRows, KvPages, PageSlots, Program, Rotary
 from outdraft.ops.packed import PackedLinear
 
 

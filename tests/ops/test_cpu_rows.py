@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.cpu import CpuOps, Rotary
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.cpu_args import Rotary
 from outdraft.ops.packed import PackedLinear
 
 WIDTHS = [16, 70, 512]
@@ -103,9 +104,7 @@ def test_route(ops: CpuOps, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("format", ["bf16", "w8", "w4"])
-def test_experts_equal_their_linear_layers(
-    ops: CpuOps, format: str, rng: torch.Generator
-) -> None:
+def test_experts_equal_their_linear_layers(ops: CpuOps, format: str, rng: torch.Generator) -> None:
     n_experts, n_rows, count = 7, 19, 3
     weight = torch.randn(n_experts, 40, 70, generator=rng)
     packed = PackedLinear.pack(weight, format)

@@ -3,7 +3,8 @@
 Every operation is row-invariant: a row's bits do not depend on the number of rows, on the other
 rows or on the number of threads. They do depend on the instruction set.
 
-Not here: packing weights (ops/packed.py), the plain specification (ops/reference.py).
+Not here: what the calls are given (ops/cpu_args.py), packing weights (ops/packed.py), the plain
+specification (ops/reference.py).
 
 Shapes: T rows, K inputs, N outputs, H query heads, G key/value heads, D head dimension, P pages,
 S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
@@ -16,73 +17,10 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
+from outdraft.ops.cpu_args import AttentionRows, KvPages, PageSlots, Program, Rotary
 from outdraft.ops.packed import PackedLinear, dtype_code, matrix, no_matrix
 
 _ACTIVATIONS = {"gelu_tanh": 0, "silu": 1}
-
-
-class Program:
-    """Recorded kernel calls of a step, replayed with one parallel region.
-
-    Recording runs nothing; the tensors that recorded operations return are filled by each `replay`,
-    from what the tensors they were given hold at that time.
-    """
-
-    def __init__(self) -> None:
-        """An empty program."""
-        self.core = _core.Program()
-        self.tensors: list[object] = []
-
-    def replay(self) -> None:
-        """Run all recorded calls."""
-        self.core.replay()
-
-    def __len__(self) -> int:
-        """Number of kernel calls."""
-        return len(self.core)
-
-
-@dataclass(frozen=True, slots=True)
-class KvPages:
-    """Keys and values of a layer, each [P, G, S, D] in fp32, bf16, or int8 with scales [P, G, S]."""
-
-    k_PGSD: Tensor
-    v_PGSD: Tensor
-    k_scales_PGS: Tensor | None = None
-    v_scales_PGS: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionRows:
-    """Which keys each row sees; all int32.
-
-    Row t sees key positions `lo_T[t]..hi_T[t]`, both included, of sequence `sequence_T[t]`; rows of
-    a sequence lie together. Position p of sequence b is in slot p % 64 of page
-    `table_BP[b, p // 64 - first_page_B[b]]`.
-    """
-
-    table_BP: Tensor
-    first_page_B: Tensor
-    sequence_T: Tensor
-    lo_T: Tensor
-    hi_T: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """cos and sin of the angles, fp32 [positions, D / 2], and the position of each row, int32."""
-
-    cos: Tensor
-    sin: Tensor
-    position_T: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PageSlots:
-    """Where each row's key or value goes: int32 page and slot; a negative page is not written."""
-
-    page_T: Tensor
-    slot_T: Tensor
 
 
 @dataclass(slots=True)
@@ -185,7 +123,7 @@ class CpuOps:
             self._target(q_THD, out_THD, kv, rows),
             matrix(q_THD),
             matrix(out_THD),
-            _kv_pages(kv),
+            kv.core(),
             rows.table_BP.data_ptr(),
             rows.table_BP.stride(0),
             rows.first_page_B.data_ptr(),
@@ -448,18 +386,3 @@ def _address(x: Tensor | None) -> int:
 
 def _optional(x: Tensor | None) -> _core.Matrix:
     return no_matrix() if x is None else matrix(x)
-
-
-def _kv_pages(kv: KvPages) -> _core.KvPages:
-    k, v = kv.k_PGSD, kv.v_PGSD
-    assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape and k.dtype == v.dtype
-    assert (kv.k_scales_PGS is not None) == (k.dtype == torch.int8)
-    return _core.KvPages(
-        k.data_ptr(),
-        v.data_ptr(),
-        _address(kv.k_scales_PGS),
-        _address(kv.v_scales_PGS),
-        dtype_code(k.dtype),
-        k.shape[1],
-        k.shape[3],
-    )

@@ -218,7 +218,7 @@ class PackedLinear:
 
     def _check(self, rows_NK: Tensor, first: int) -> None:
         assert rows_NK.dim() == 2 and rows_NK.shape[1] == self.k and rows_NK.stride(1) == 1
-        assert 0 <= first and first + rows_NK.shape[0] <= self.n
+        assert first >= 0 and first + rows_NK.shape[0] <= self.n
 
 
 def _address(x: Tensor) -> int:
@@ -226,7 +226,7 @@ def _address(x: Tensor) -> int:
 
 
 def _zero_bytes(n: int) -> Tensor:
-    """Zeroed memory, in large pages where that pays: streaming through it misses fewer addresses."""
+    """Zeroed memory, in large pages where that pays: streams then miss fewer translations."""
     if n < _LARGE_BYTES:
         return torch.zeros(n, dtype=torch.uint8)
     memory = torch.empty(n, dtype=torch.uint8)
