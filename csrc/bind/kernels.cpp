@@ -51,8 +51,7 @@ Call prepare_call(const Weight& w, const Matrix& x, Addr prepared, int rows) {
 void linear(Program* program, const Weight& w, const Matrix& x, Addr prepared, const Matrix& y,
             int rows) {
   const LinearArgs args{w, pointer<const uint8_t>(prepared), y, rows};
-  submit(program,
-         {prepare_call(w, x, prepared, rows), Call::make(kernels().linear, args, false)});
+  submit(program, {prepare_call(w, x, prepared, rows), Call::make(kernels().linear, args, false)});
 }
 
 PairGroups pair_groups(Addr memory, int n_experts) {
@@ -64,8 +63,8 @@ PairGroups pair_groups(Addr memory, int n_experts) {
 int64_t pair_groups_size(int pairs, int n_experts) { return 2 + 2 * n_experts + pairs; }
 
 void group_pairs(Program* program, Addr ids, Addr groups, int pairs, int n_experts) {
-  const GroupPairsArgs args{pointer<const int32_t>(ids), pair_groups(groups, n_experts),
-                            pairs, n_experts};
+  const GroupPairsArgs args{pointer<const int32_t>(ids), pair_groups(groups, n_experts), pairs,
+                            n_experts};
   submit(program, kernels().group_pairs, args, true);
 }
 
@@ -98,8 +97,17 @@ void attention(Program* program, const Matrix& q, const Matrix& out, const KvPag
 void norm(Program* program, const Matrix& x, const Matrix& residual, const Matrix& out,
           const Matrix& next_out, Addr weight, Addr next_weight, float eps, float scale, bool plain,
           int rows, int k) {
-  const NormArgs args{x,     residual, out,   next_out, pointer<const float>(weight),
-                      pointer<const float>(next_weight), eps, scale, plain, rows, k};
+  const NormArgs args{x,
+                      residual,
+                      out,
+                      next_out,
+                      pointer<const float>(weight),
+                      pointer<const float>(next_weight),
+                      eps,
+                      scale,
+                      plain,
+                      rows,
+                      k};
   submit(program, kernels().norm, args, small(rows, k));
 }
 
@@ -157,8 +165,13 @@ void argmax(Program* program, const Matrix& x, Addr ids, Addr chosen, int block,
 
 void top(Program* program, const Matrix& x, Addr ids, Addr weights, Addr per_expert, int count,
          int rows, int n) {
-  const TopArgs args{x,     pointer<int32_t>(ids), pointer<float>(weights),
-                     pointer<const float>(per_expert), count, rows, n};
+  const TopArgs args{x,
+                     pointer<int32_t>(ids),
+                     pointer<float>(weights),
+                     pointer<const float>(per_expert),
+                     count,
+                     rows,
+                     n};
   submit(program, kernels().top, args, true);
 }
 

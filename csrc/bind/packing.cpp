@@ -23,20 +23,29 @@ void bind_structs(nb::module_& m) {
           "__init__",
           [](Weight* self, int format, int n, int k, int group, int n_blocks, uintptr_t data,
              uintptr_t scales, uintptr_t zeros) {
-            new (self) Weight{static_cast<Format>(format), n, k, group, n_blocks,
-                              pointer<const uint8_t>(data), pointer<const void>(scales),
+            new (self) Weight{static_cast<Format>(format),
+                              n,
+                              k,
+                              group,
+                              n_blocks,
+                              pointer<const uint8_t>(data),
+                              pointer<const void>(scales),
                               pointer<const void>(zeros)};
           },
           "format"_a, "n"_a, "k"_a, "group"_a, "n_blocks"_a, "data"_a, "scales"_a, "zeros"_a)
-      .def_prop_ro("data_bytes", [](const Weight& w) { return w.panels() * panel_bytes(w); });
+      .def_prop_ro("data_bytes", [](const Weight& w) { return panel_count(w) * panel_bytes(w); });
   nb::class_<KvPages>(m, "KvPages")
       .def(
           "__init__",
           [](KvPages* self, uintptr_t k, uintptr_t v, uintptr_t k_scales, uintptr_t v_scales,
              int dtype, int n_kv_heads, int head_dim) {
-            new (self) KvPages{pointer<void>(k),         pointer<void>(v),
-                               pointer<float>(k_scales), pointer<float>(v_scales),
-                               static_cast<DType>(dtype), n_kv_heads, head_dim};
+            new (self) KvPages{pointer<void>(k),
+                               pointer<void>(v),
+                               pointer<float>(k_scales),
+                               pointer<float>(v_scales),
+                               static_cast<DType>(dtype),
+                               n_kv_heads,
+                               head_dim};
           },
           "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "dtype"_a, "n_kv_heads"_a, "head_dim"_a);
 }

@@ -58,14 +58,14 @@ constexpr int64_t kMaxNormWidth = kScratchBytes / 4;
 // RMS norm over each head of a row, then rotation of pairs (i, i + dim / 2); written to `out`, or
 // into pages of keys or values.
 struct HeadNormArgs {
-  Matrix x;                // [rows, n_heads * dim]
-  Matrix out;              // the same shape; data null: write to pages
-  void* pages;             // [pages, n_heads, kPageSlots, dim] of page_dtype
-  float* page_scales;      // [pages, n_heads, kPageSlots] for i8
-  const int32_t* page;     // [rows] page that row t is written to; negative: the row is not written
-  const int32_t* slot;     // [rows]
-  const float* weight;     // null: ones
-  const float* cos;        // [positions, dim / 2]; null: no rotation
+  Matrix x;             // [rows, n_heads * dim]
+  Matrix out;           // the same shape; data null: write to pages
+  void* pages;          // [pages, n_heads, kPageSlots, dim] of page_dtype
+  float* page_scales;   // [pages, n_heads, kPageSlots] for i8
+  const int32_t* page;  // [rows] page that row t is written to; negative: the row is not written
+  const int32_t* slot;  // [rows]
+  const float* weight;  // null: ones
+  const float* cos;     // [positions, dim / 2]; null: no rotation
   const float* sin;
   const int32_t* position;  // [rows] row of cos and sin
   float eps;
@@ -110,8 +110,8 @@ struct SoftcapArgs {  // x = tanh(x / cap) * cap in place, fp32
 };
 
 // The id of the largest value of each row, the smallest id among equals. Value i has id i, or with
-// `ids`, whose negative entries are padding and never win, ids[i]. With `chosen` too, values come in
-// blocks, and block b of row t belongs to block chosen[t][b] of `ids` (a head of which only the
+// `ids`, whose negative entries are padding and never win, ids[i]. With `chosen` too, values come
+// in blocks, and block b of row t belongs to block chosen[t][b] of `ids` (a head of which only the
 // likeliest clusters are computed).
 struct ArgmaxArgs {
   Matrix x;  // fp32
@@ -127,9 +127,9 @@ struct ArgmaxArgs {
 // weights (may be null): softmax over all n, restricted to the chosen, made to sum to one, times
 // per_expert[index] if given.
 struct TopArgs {
-  Matrix x;  // fp32
-  int32_t* ids;     // [rows, count]
-  float* weights;   // [rows, count]
+  Matrix x;        // fp32
+  int32_t* ids;    // [rows, count]
+  float* weights;  // [rows, count]
   const float* per_expert;
   int32_t count;
   int32_t rows;

@@ -25,12 +25,13 @@ struct Call {
   template <class Args>
   static Call make(void (*kernel)(const Args&, const Worker&), const Args& args, bool serial) {
     static_assert(sizeof(Args) <= kArgsBytes && std::is_trivially_copyable_v<Args>);
-    Call call{
-        [](const void* k, const std::byte* a, const Worker& worker) {
-          reinterpret_cast<void (*)(const Args&, const Worker&)>(const_cast<void*>(k))(
-              *reinterpret_cast<const Args*>(a), worker);
-        },
-        reinterpret_cast<const void*>(kernel), serial, {}};
+    Call call{[](const void* k, const std::byte* a, const Worker& worker) {
+                reinterpret_cast<void (*)(const Args&, const Worker&)>(const_cast<void*>(k))(
+                    *reinterpret_cast<const Args*>(a), worker);
+              },
+              reinterpret_cast<const void*>(kernel),
+              serial,
+              {}};
     std::memcpy(call.args, &args, sizeof(Args));
     return call;
   }

@@ -23,24 +23,27 @@ constexpr int kPanel = 16;  // output rows that lie interleaved in one stream of
 // A weight matrix [n, k], or `n_blocks` of them (experts), packed by core/pack.h.
 struct Weight {
   Format format = Format::bf16;
-  int32_t n = 0;         // output rows of one block
-  int32_t k = 0;         // inputs
-  int32_t group = 0;     // inputs that share a scale (w4)
+  int32_t n = 0;      // output rows of one block
+  int32_t k = 0;      // inputs
+  int32_t group = 0;  // inputs that share a scale (w4)
   int32_t n_blocks = 1;
   const uint8_t* data = nullptr;
   const void* scales = nullptr;  // w8: fp32 a row; w4: fp16 [panel][group][16]
   const void* zeros = nullptr;   // w8: int32 sum of each row; w4: uint8 zero-points or null (8)
-
-  int64_t panels_per_block() const { return (n + kPanel - 1) / kPanel; }
-  int64_t panels() const { return panels_per_block() * n_blocks; }
 };
 
-constexpr int64_t round_up(int64_t x, int64_t multiple) {
+// Functions of this header are static: were they shared, the linker could keep the copy that was
+// compiled for AVX-512 for every CPU.
+
+static constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
+static inline int64_t panels_per_block(const Weight& w) { return round_up(w.n, kPanel) / kPanel; }
+static inline int64_t panel_count(const Weight& w) { return panels_per_block(w) * w.n_blocks; }
+
 // Bytes of one packed panel.
-inline int64_t panel_bytes(const Weight& w) {
+static inline int64_t panel_bytes(const Weight& w) {
   switch (w.format) {
     case Format::bf16:
       return round_up(w.k, 2) * kPanel * 2;
@@ -64,7 +67,7 @@ struct PreparedLayout {
   int64_t stride = 0;  // bytes from row to row
 };
 
-inline PreparedLayout prepared_layout(Format format, int32_t k, int32_t group) {
+static inline PreparedLayout prepared_layout(Format format, int32_t k, int32_t group) {
   const int64_t groups = format == Format::w4 ? (k + group - 1) / group : 1;
   const int64_t padded = round_up(k, format == Format::w4 ? round_up(group, 64) : 64);
   PreparedLayout layout;
@@ -89,7 +92,7 @@ struct Range {
 };
 
 // This worker's contiguous share of n items.
-inline Range share(int64_t n, const Worker& worker) {
+static inline Range share(int64_t n, const Worker& worker) {
   return {n * worker.index / worker.count, n * (worker.index + 1) / worker.count};
 }
 

@@ -35,9 +35,12 @@ struct PageView {
 
 static inline F load_key(const std::byte* p, DType dtype) {
   switch (dtype) {
-    case DType::f32: return load(reinterpret_cast<const float*>(p));
-    case DType::bf16: return load_bf16(reinterpret_cast<const uint16_t*>(p));
-    case DType::i8: return load_i8(reinterpret_cast<const int8_t*>(p));
+    case DType::f32:
+      return load(reinterpret_cast<const float*>(p));
+    case DType::bf16:
+      return load_bf16(reinterpret_cast<const uint16_t*>(p));
+    case DType::i8:
+      return load_i8(reinterpret_cast<const int8_t*>(p));
   }
   return zero();
 }
@@ -131,27 +134,33 @@ static void attend_page(HeadState& s, const PageView& page, int64_t dim, int fir
   int64_t d = 0;
   for (; d + 64 <= dim; d += 64)
     mix_columns<R, 4, kType>(s, page, dim, d, first, last, scores, factors);
-  for (; d < dim; d += 16)
-    mix_columns<R, 1, kType>(s, page, dim, d, first, last, scores, factors);
+  for (; d < dim; d += 16) mix_columns<R, 1, kType>(s, page, dim, d, first, last, scores, factors);
 }
 
 template <DType kType>
 static void attend_page_heads(HeadState& s, const PageView& page, int64_t dim, int first,
                               int last) {
   switch (s.n) {
-    case 1: return attend_page<1, kType>(s, page, dim, first, last);
-    case 2: return attend_page<2, kType>(s, page, dim, first, last);
-    case 3: return attend_page<3, kType>(s, page, dim, first, last);
-    case 4: return attend_page<4, kType>(s, page, dim, first, last);
+    case 1:
+      return attend_page<1, kType>(s, page, dim, first, last);
+    case 2:
+      return attend_page<2, kType>(s, page, dim, first, last);
+    case 3:
+      return attend_page<3, kType>(s, page, dim, first, last);
+    case 4:
+      return attend_page<4, kType>(s, page, dim, first, last);
   }
 }
 
 static void attend_any(DType dtype, HeadState& s, const PageView& page, int64_t dim, int first,
                        int last) {
   switch (dtype) {
-    case DType::f32: return attend_page_heads<DType::f32>(s, page, dim, first, last);
-    case DType::bf16: return attend_page_heads<DType::bf16>(s, page, dim, first, last);
-    case DType::i8: return attend_page_heads<DType::i8>(s, page, dim, first, last);
+    case DType::f32:
+      return attend_page_heads<DType::f32>(s, page, dim, first, last);
+    case DType::bf16:
+      return attend_page_heads<DType::bf16>(s, page, dim, first, last);
+    case DType::i8:
+      return attend_page_heads<DType::i8>(s, page, dim, first, last);
   }
 }
 

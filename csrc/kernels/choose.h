@@ -41,8 +41,8 @@ static inline int32_t largest_in_order(const float* x, int64_t n) {
 static inline int32_t largest_with_ids(const ArgmaxArgs& a, int64_t row, const float* x) {
   Best best = {-__builtin_inff(), INT32_MAX};
   for (int64_t begin = 0; begin < a.n; begin += a.block) {
-    const int64_t block = a.chosen ? a.chosen[row * (a.n / a.block) + begin / a.block]
-                                   : begin / a.block;
+    const int64_t block =
+        a.chosen ? a.chosen[row * (a.n / a.block) + begin / a.block] : begin / a.block;
     const int32_t* ids = a.ids + block * a.block;
     for (int64_t i = 0; i < a.block; ++i)
       if (ids[i] >= 0 && better(x[begin + i], ids[i], best)) best = {x[begin + i], ids[i]};
@@ -58,8 +58,8 @@ static void argmax(const ArgmaxArgs& a, const Worker& worker) {
   }
 }
 
-// Softmax over all scores, of the chosen only, made to sum to one: what is left of the softmax's own
-// sum cancels, so only the chosen are needed.
+// Softmax over all scores, of the chosen only, made to sum to one: what is left of the softmax's
+// own sum cancels, so only the chosen are needed.
 static inline void chosen_weights(const TopArgs& a, const float* scores, const int32_t* ids,
                                   float* weights) {
   float total = 0.0f;
@@ -92,7 +92,8 @@ static void top(const TopArgs& a, const Worker& worker) {
 }
 
 static void group_pairs(const GroupPairsArgs& a, const Worker&) {
-  // A counting sort whose counts live in `start`; experts without pairs are squeezed out at the end.
+  // A counting sort whose counts live in `start`; experts without pairs are squeezed out at the
+  // end.
   int32_t* start = a.groups.start;
   for (int32_t e = 0; e <= a.n_experts; ++e) start[e] = 0;
   for (int32_t p = 0; p < a.pairs; ++p) ++start[a.ids[p]];

@@ -1,8 +1,8 @@
 // Linear layers over packed weights: one panel of 16 outputs times a block of rows at a time.
 //
 // Weights are read once for all rows of a block. A row's result cannot depend on the others: inside
-// a group the sum is an exact integer, and the fp32 adds over groups (or, for bf16, over inputs) are
-// in the order of the inputs, one accumulator per row.
+// a group the sum is an exact integer, and the fp32 adds over groups (or, for bf16, over inputs)
+// are in the order of the inputs, one accumulator per row.
 #pragma once
 
 #include "kernels/rows.h"
@@ -12,10 +12,23 @@ namespace outdraft::OUTDRAFT_ISA {
 // Rows whose activations stay in the second-level cache while all panels go by.
 constexpr int64_t kRowChunk = 128;
 
-// Bytes ahead of the load that the prefetch asks for. Hardware prefetchers stop at page ends.
-constexpr int64_t kPrefetch = 2048;
+// Asks for weights ahead of their use; hardware prefetchers alone leave a third of the bandwidth.
+// With few rows the loads themselves are the limit and the first-level cache is the place to fetch
+// to; with more, arithmetic takes as long as memory, and only a long lead hides one behind the
+// other. Not multiples of 4096: those would fall on the cache sets in use. kFirst below: the panel
+// has not been read by an earlier block of rows.
+enum class Ahead { near, far, none };
 
-static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p + kPrefetch, 0, 2); }
+static constexpr Ahead lead(bool first, int rows, int many_rows) {
+  if (!first) return Ahead::none;
+  return rows >= many_rows ? Ahead::far : Ahead::near;
+}
+
+template <Ahead kAhead>
+static inline void prefetch(const uint8_t* p) {
+  if constexpr (kAhead == Ahead::near) __builtin_prefetch(p + 8320, 0, 3);
+  if constexpr (kAhead == Ahead::far) __builtin_prefetch(p + 12800, 0, 2);
+}
 
 static inline int32_t four_bytes(const uint8_t* p) {
   int32_t x;
@@ -25,13 +38,13 @@ static inline int32_t four_bytes(const uint8_t* p) {
 
 struct Bf16 {
   // Weights [k / 2][16 outputs][2 inputs]; two accumulators a row, even and odd inputs.
-  template <int R>
+  template <int R, bool kFirst>
   static inline void dot(const Weight& w, int64_t panel, const uint8_t* const* x, F* y) {
     const uint8_t* weights = w.data + panel * panel_bytes(w);
     F even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = zero();
     for (int64_t k = 0; k < w.k; k += 2, weights += 64) {
-      prefetch(weights);
+      prefetch<lead(kFirst, R, 2)>(weights);
       const B pairs = load_bytes(weights);
       const F first = first_of_pairs(pairs), second = second_of_pairs(pairs);
       for (int r = 0; r < R; ++r) {
@@ -46,17 +59,18 @@ struct Bf16 {
 
 struct W8 {
   // Weights [k / 4][16 outputs][4 inputs] int8.
-  template <int R>
+  template <int R, bool kFirst>
   static inline void dot(const Weight& w, int64_t panel, const uint8_t* const* x, F* y) {
     const uint8_t* weights = w.data + panel * panel_bytes(w);
     const int64_t scale_at = prepared_layout(Format::w8, w.k, 0).scales;
-    constexpr int kChains = R <= 2 ? 2 : 1;  // few rows: more sums in flight hide the latency
+    // With few rows, more sums in flight hide the latency; whole numbers add up in any order.
+    constexpr int kChains = R <= 2 ? 4 : R == 3 ? 2 : 1;
     I acc[kChains * R];
     for (I& sum : acc) sum = set1_i(0);
     int64_t k = 0;
     for (; k + 4 * kChains <= w.k; k += 4 * kChains) {
       for (int c = 0; c < kChains; ++c, weights += 64) {
-        prefetch(weights);
+        prefetch<lead(kFirst, R, 6)>(weights);
         const B bytes = load_bytes(weights);
         for (int r = 0; r < R; ++r)
           acc[c * R + r] = dot_w8(acc[c * R + r], bytes, four_bytes(x[r] + k + 4 * c));
@@ -65,8 +79,8 @@ struct W8 {
     for (; k < w.k; k += 4, weights += 64)
       for (int r = 0; r < R; ++r)
         acc[r] = dot_w8(acc[r], load_bytes(weights), four_bytes(x[r] + k));
-    if constexpr (kChains == 2)
-      for (int r = 0; r < R; ++r) acc[r] = add_i(acc[r], acc[R + r]);
+    for (int c = 1; c < kChains; ++c)
+      for (int r = 0; r < R; ++r) acc[r] = add_i(acc[r], acc[c * R + r]);
     const F scales = load(static_cast<const float*>(w.scales) + panel * kPanel);
     const I sums = load_i(static_cast<const int32_t*>(w.zeros) + panel * kPanel);
     const I offset = mul_i(sums, set1_i(kActivationOffset));
@@ -81,13 +95,14 @@ struct W8 {
 template <bool kZeros>
 struct W4 {
   // Weights [k / 8][16 outputs][4 bytes]: low nibbles are inputs 8j..8j+3, high ones 8j+4..8j+7.
-  template <int R>
+  template <int R, bool kFirst>
   static inline void dot(const Weight& w, int64_t panel, const uint8_t* const* x, F* y) {
     const PreparedLayout layout = prepared_layout(Format::w4, w.k, w.group);
     const int64_t groups = (w.k + w.group - 1) / w.group;
     const uint8_t* weights = w.data + panel * panel_bytes(w);
     const auto* scales = static_cast<const uint16_t*>(w.scales) + panel * groups * kPanel;
-    const auto* zeros = static_cast<const uint8_t*>(w.zeros) + (kZeros ? panel * groups * kPanel : 0);
+    const auto* zeros =
+        static_cast<const uint8_t*>(w.zeros) + (kZeros ? panel * groups * kPanel : 0);
     F total[R];
     for (int r = 0; r < R; ++r) total[r] = zero();
     for (int64_t g = 0; g < groups; ++g) {
@@ -97,7 +112,7 @@ struct W4 {
         acc[r] = mul_i(zero_points, set1_i(four_bytes(x[r] + layout.sums + 4 * g)));
       for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 32) {
         for (int64_t j = k; j < k + 32; j += 8, weights += 64) {
-          prefetch(weights);
+          prefetch<lead(kFirst, R, 2)>(weights);
           const B bytes = load_bytes(weights);
           const B low = low_nibbles(bytes), high = high_nibbles(bytes);
           for (int r = 0; r < R; ++r) acc[r] = dot_w4(acc[r], low, four_bytes(x[r] + j));
@@ -120,29 +135,38 @@ struct RowBlock {
   int64_t out[kRowBlock];
 };
 
-template <class Kernel, int R>
-static void panel_times_rows(const Weight& w, int64_t panel, const RowBlock& rows, const Matrix& y) {
+template <class Kernel, int R, bool kFirst = true>
+static void panel_times_rows(const Weight& w, int64_t panel, const RowBlock& rows,
+                             const Matrix& y) {
   F out[R];
-  Kernel::template dot<R>(w, panel, rows.x, out);
-  const int64_t column = panel % w.panels_per_block() * kPanel;
+  Kernel::template dot<R, kFirst>(w, panel, rows.x, out);
+  const int64_t column = panel % panels_per_block(w) * kPanel;
   for (int r = 0; r < R; ++r) store_at(y, rows.out[r], column, out[r], w.n - column);
 }
 
 template <class Kernel>
-static inline void panel_times_block(const Weight& w, int64_t panel, int64_t n, const RowBlock& rows,
-                                     const Matrix& y) {
+static inline void panel_times_block(const Weight& w, int64_t panel, int64_t n,
+                                     const RowBlock& rows, const Matrix& y) {
   switch (n) {
-    case 1: return panel_times_rows<Kernel, 1>(w, panel, rows, y);
-    case 2: return panel_times_rows<Kernel, 2>(w, panel, rows, y);
-    case 3: return panel_times_rows<Kernel, 3>(w, panel, rows, y);
-    case 4: return panel_times_rows<Kernel, 4>(w, panel, rows, y);
+    case 1:
+      return panel_times_rows<Kernel, 1>(w, panel, rows, y);
+    case 2:
+      return panel_times_rows<Kernel, 2>(w, panel, rows, y);
+    case 3:
+      return panel_times_rows<Kernel, 3>(w, panel, rows, y);
+    case 4:
+      return panel_times_rows<Kernel, 4>(w, panel, rows, y);
   }
   if constexpr (kRowBlock == 8) {
     switch (n) {
-      case 5: return panel_times_rows<Kernel, 5>(w, panel, rows, y);
-      case 6: return panel_times_rows<Kernel, 6>(w, panel, rows, y);
-      case 7: return panel_times_rows<Kernel, 7>(w, panel, rows, y);
-      case 8: return panel_times_rows<Kernel, 8>(w, panel, rows, y);
+      case 5:
+        return panel_times_rows<Kernel, 5>(w, panel, rows, y);
+      case 6:
+        return panel_times_rows<Kernel, 6>(w, panel, rows, y);
+      case 7:
+        return panel_times_rows<Kernel, 7>(w, panel, rows, y);
+      case 8:
+        return panel_times_rows<Kernel, 8>(w, panel, rows, y);
     }
   }
 }
@@ -151,7 +175,7 @@ template <class Kernel>
 static void linear_format(const LinearArgs& a, const Worker& worker) {
   const Weight& w = a.weight;
   const int64_t stride = prepared_layout(w.format, w.k, w.group).stride;
-  const Range panels = share(w.panels(), worker);
+  const Range panels = share(panel_count(w), worker);
   for (int64_t chunk = 0; chunk < a.rows; chunk += kRowChunk) {
     const int64_t end = least(chunk + kRowChunk, a.rows);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
@@ -162,7 +186,10 @@ static void linear_format(const LinearArgs& a, const Worker& worker) {
           rows.x[r] = a.x + (first + r) * stride;
           rows.out[r] = first + r;
         }
-        panel_times_block<Kernel>(w, panel, n, rows, a.y);
+        if (n == kRowBlock && first > chunk)  // the panel is in the cache already
+          panel_times_rows<Kernel, kRowBlock, false>(w, panel, rows, a.y);
+        else
+          panel_times_block<Kernel>(w, panel, n, rows, a.y);
       }
     }
   }
@@ -170,8 +197,10 @@ static void linear_format(const LinearArgs& a, const Worker& worker) {
 
 static void linear(const LinearArgs& a, const Worker& worker) {
   switch (a.weight.format) {
-    case Format::bf16: return linear_format<Bf16>(a, worker);
-    case Format::w8: return linear_format<W8>(a, worker);
+    case Format::bf16:
+      return linear_format<Bf16>(a, worker);
+    case Format::w8:
+      return linear_format<W8>(a, worker);
     case Format::w4:
       return a.weight.zeros ? linear_format<W4<true>>(a, worker)
                             : linear_format<W4<false>>(a, worker);
@@ -182,7 +211,7 @@ template <class Kernel>
 static void expert_format(const ExpertLinearArgs& a, const Worker& worker) {
   const Weight& w = a.weight;
   const int64_t stride = prepared_layout(w.format, w.k, w.group).stride;
-  const int64_t per_block = w.panels_per_block();
+  const int64_t per_block = panels_per_block(w);
   const Range items = share(*a.groups.n_hit * per_block, worker);
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t hit = item / per_block;
@@ -201,8 +230,10 @@ static void expert_format(const ExpertLinearArgs& a, const Worker& worker) {
 
 static void expert_linear(const ExpertLinearArgs& a, const Worker& worker) {
   switch (a.weight.format) {
-    case Format::bf16: return expert_format<Bf16>(a, worker);
-    case Format::w8: return expert_format<W8>(a, worker);
+    case Format::bf16:
+      return expert_format<Bf16>(a, worker);
+    case Format::w8:
+      return expert_format<W8>(a, worker);
     case Format::w4:
       return a.weight.zeros ? expert_format<W4<true>>(a, worker)
                             : expert_format<W4<false>>(a, worker);

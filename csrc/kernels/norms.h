@@ -98,8 +98,7 @@ static void head_norm(const HeadNormArgs& a, const Worker& worker) {
       store_in_page(a, row, head, y);
       continue;
     }
-    for (int64_t i = 0; i < a.dim; i += 16)
-      store_at(a.out, row, head * a.dim + i, load(y + i), 16);
+    for (int64_t i = 0; i < a.dim; i += 16) store_at(a.out, row, head * a.dim + i, load(y + i), 16);
   }
 }
 

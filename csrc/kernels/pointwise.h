@@ -73,8 +73,7 @@ static inline float unpacked(const Weight& w, int64_t row, int64_t k) {
     __builtin_memcpy(&x, &bits, 4);
     return x;
   }
-  if (w.format == Format::w8)
-    return static_cast<int8_t>(data[(k / 4 * kPanel + lane) * 4 + k % 4]);
+  if (w.format == Format::w8) return static_cast<int8_t>(data[(k / 4 * kPanel + lane) * 4 + k % 4]);
   const uint8_t byte = data[(k / 8 * kPanel + lane) * 4 + k % 4];
   return static_cast<float>(k % 8 < 4 ? byte & 15 : byte >> 4);
 }

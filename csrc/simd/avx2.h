@@ -16,9 +16,15 @@ constexpr int kActivationOffset = 128;
 constexpr int kActivationOffset = 0;
 #endif
 
-struct F { __m256 v[2]; };
-struct I { __m256i v[2]; };
-struct B { __m256i v[2]; };
+struct F {
+  __m256 v[2];
+};
+struct I {
+  __m256i v[2];
+};
+struct B {
+  __m256i v[2];
+};
 
 static inline F zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
 static inline F set1(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
@@ -104,9 +110,7 @@ static inline I mul_i(I a, I b) {
   return {{_mm256_mullo_epi32(a.v[0], b.v[0]), _mm256_mullo_epi32(a.v[1], b.v[1])}};
 }
 static inline I nearest(F a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
-static inline F to_float(I a) {
-  return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}};
-}
+static inline F to_float(I a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
 static inline int32_t sum_i(I a) {
   int32_t lanes[16], total = 0;
   store_i(lanes, a);
@@ -117,8 +121,8 @@ static inline void store_i8(int8_t* p, I a) {
   // Packing works within 128-bit lanes; the permutation puts the quarters back in order.
   __m256i words = _mm256_packs_epi32(a.v[0], a.v[1]);
   words = _mm256_permute4x64_epi64(words, 0xd8);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words),
-                                        _mm256_extracti128_si256(words, 1));
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 static inline F power_of_two(I n) {
@@ -172,7 +176,8 @@ static inline F load_f16(const uint16_t* p) {
            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1))}};
 }
 static inline F load_i8(const int8_t* p) {
-  return to_float({{_mm256_cvtepi8_epi32(eight_bytes(p)), _mm256_cvtepi8_epi32(eight_bytes(p + 8))}});
+  return to_float(
+      {{_mm256_cvtepi8_epi32(eight_bytes(p)), _mm256_cvtepi8_epi32(eight_bytes(p + 8))}});
 }
 
 static inline B load_bytes(const void* p) { return {{half_i(p, 0), half_i(p, 1)}}; }

@@ -10,12 +10,19 @@
 
 namespace outdraft::OUTDRAFT_ISA {
 
-constexpr int kRowBlock = 8;         // rows whose accumulators fit the register file
-constexpr int kActivationOffset = 128;  // vpdpbusd wants unsigned activations when weights are signed
+constexpr int kRowBlock = 8;  // rows whose accumulators fit the register file
+constexpr int kActivationOffset =
+    128;  // vpdpbusd wants unsigned activations when weights are signed
 
-struct F { __m512 v; };   // 16 floats
-struct I { __m512i v; };  // 16 int32
-struct B { __m512i v; };  // 64 bytes: 16 rows of 4 consecutive inputs
+struct F {
+  __m512 v;
+};  // 16 floats
+struct I {
+  __m512i v;
+};  // 16 int32
+struct B {
+  __m512i v;
+};  // 64 bytes: 16 rows of 4 consecutive inputs
 
 static inline F zero() { return {_mm512_setzero_ps()}; }
 static inline F set1(float x) { return {_mm512_set1_ps(x)}; }
@@ -73,7 +80,8 @@ static inline void store_i8(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
 static inline F power_of_two(I n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
 
 // Lanes first..last of x, `other` elsewhere.
@@ -111,7 +119,8 @@ static inline F load_i8(const int8_t* p) {
 static inline B load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 static inline F first_of_pairs(B x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
 static inline F second_of_pairs(B x) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+  return {
+      _mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
 static inline B low_nibbles(B x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }

@@ -4,7 +4,6 @@
 // Same functions as simd/avx512.h, which documents them.
 #pragma once
 
-
 #include <cstdint>
 
 namespace outdraft::OUTDRAFT_ISA {
@@ -12,9 +11,15 @@ namespace outdraft::OUTDRAFT_ISA {
 constexpr int kRowBlock = 4;
 constexpr int kActivationOffset = 0;
 
-struct F { float v[16]; };
-struct I { int32_t v[16]; };
-struct B { uint8_t v[64]; };
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
+struct B {
+  uint8_t v[64];
+};
 
 template <class Op>
 static inline F lanes(Op op) {
@@ -39,9 +44,13 @@ static inline uint32_t to_bits(float x) {
   return bits;
 }
 
-static inline F set1(float x) { return lanes([&](int) { return x; }); }
+static inline F set1(float x) {
+  return lanes([&](int) { return x; });
+}
 static inline F zero() { return set1(0.0f); }
-static inline F load(const float* p) { return lanes([&](int i) { return p[i]; }); }
+static inline F load(const float* p) {
+  return lanes([&](int i) { return p[i]; });
+}
 static inline void store_n(float* p, F x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x.v[i];
 }
@@ -50,10 +59,18 @@ static inline F load_n(const float* p, int n) {
   return lanes([&](int i) { return i < n ? p[i] : 0.0f; });
 }
 
-static inline F add(F a, F b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
-static inline F sub(F a, F b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
-static inline F mul(F a, F b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
-static inline F div(F a, F b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
+static inline F add(F a, F b) {
+  return lanes([&](int i) { return a.v[i] + b.v[i]; });
+}
+static inline F sub(F a, F b) {
+  return lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
+static inline F mul(F a, F b) {
+  return lanes([&](int i) { return a.v[i] * b.v[i]; });
+}
+static inline F div(F a, F b) {
+  return lanes([&](int i) { return a.v[i] / b.v[i]; });
+}
 // Rounded twice: a fused multiply-add in software would cost more than it is worth.
 static inline F fma(F a, F b, F c) {
   return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
@@ -81,15 +98,27 @@ static inline float highest(F a) {
   return best;
 }
 
-static inline I set1_i(int32_t x) { return lanes_i([&](int) { return x; }); }
-static inline I load_i(const int32_t* p) { return lanes_i([&](int i) { return p[i]; }); }
+static inline I set1_i(int32_t x) {
+  return lanes_i([&](int) { return x; });
+}
+static inline I load_i(const int32_t* p) {
+  return lanes_i([&](int i) { return p[i]; });
+}
 static inline void store_i(int32_t* p, I x) {
   for (int i = 0; i < 16; ++i) p[i] = x.v[i];
 }
-static inline I load_u8(const uint8_t* p) { return lanes_i([&](int i) { return p[i]; }); }
-static inline I add_i(I a, I b) { return lanes_i([&](int i) { return a.v[i] + b.v[i]; }); }
-static inline I sub_i(I a, I b) { return lanes_i([&](int i) { return a.v[i] - b.v[i]; }); }
-static inline I mul_i(I a, I b) { return lanes_i([&](int i) { return a.v[i] * b.v[i]; }); }
+static inline I load_u8(const uint8_t* p) {
+  return lanes_i([&](int i) { return p[i]; });
+}
+static inline I add_i(I a, I b) {
+  return lanes_i([&](int i) { return a.v[i] + b.v[i]; });
+}
+static inline I sub_i(I a, I b) {
+  return lanes_i([&](int i) { return a.v[i] - b.v[i]; });
+}
+static inline I mul_i(I a, I b) {
+  return lanes_i([&](int i) { return a.v[i] * b.v[i]; });
+}
 static inline I nearest(F a) {
   return lanes_i([&](int i) { return static_cast<int32_t>(__builtin_rintf(a.v[i])); });
 }
