@@ -87,8 +87,8 @@ def test_an_assistant_as_the_model(outdraft: Invoke, target: Path) -> None:
     [
         ({"vocab_size": 768}, "vocab_size"),
         ({"hidden_size": 96}, "hidden size"),
-        ({"head_dim": 32}, "head_dim of sliding_attention"),
-        ({"global_head_dim": 64}, "head_dim of full_attention"),
+        ({"head_dim": 64}, "head_dim of sliding_attention"),
+        ({"global_head_dim": 32}, "head_dim of full_attention"),
         ({"sliding_window": 48}, "sliding_window"),
     ],
 )

@@ -27,7 +27,7 @@ def test_the_stream_is_the_text_of_the_engine(outdraft: Invoke, pair: Path, llm:
     result = outdraft("generate", pair, "--prompt", "abc", "--max-tokens", N)
     assert result.exit_code == 0
     assert result.stdout == want.text + "\n"
-    assert f"model: {pair}" in result.stderr and "float32" in result.stderr
+    assert f"model: {pair}" in result.stderr and "bf16" in result.stderr
     assert "drafts: gemma4-assistant: found inside the target" in result.stderr
     last = result.stderr.splitlines()[-1]
     for part in ("tokens/s", "tokens per pass", "drafts accepted", "kbit/s", "modem"):

@@ -108,7 +108,7 @@ def test_missing_and_misshapen_tensors_are_named(outdraft: Invoke, tmp_path: Pat
 
 
 def test_a_drafter_that_does_not_fit(outdraft: Invoke, pair: Path, tmp_path: Path) -> None:
-    other = tiny.tiny_target(tmp_path / "other", head_dim=32)
+    other = tiny.tiny_target(tmp_path / "other", head_dim=64)
     assistant = tiny.tiny_assistant(other / "assistant", other)
     result = outdraft("inspect", pair, "--assistant", assistant)
     assert result.exit_code == 1 and "head_dim of sliding_attention" in result.stdout

@@ -20,7 +20,7 @@ def draw(report: dict[str, Any]) -> bytes:
     _draw_speed(speed, report)
     _draw_acceptance(acceptance, report["kinds"])
     settings, machine = report["settings"], report["machine"]
-    what = f"{settings['model']}, {settings['dtype']}, greedy, {settings['draft_n_max']} drafts"
+    what = f"{settings['model']}, {settings['computes']}, greedy, {settings['draft_n_max']} drafts"
     where = f"{machine['cpu']}, threads: {machine['threads']}"
     figure.suptitle(f"{what}; {where}", fontsize=10)
     buffer = io.BytesIO()

@@ -208,7 +208,7 @@ def show(report: dict[str, Any]) -> None:
     settings, machine, sampled = report["settings"], report["machine"], report["sampled"]
     console = results()
     console.print(f"\n{settings['model']} on {machine['cpu']}, threads: {machine['threads']}")
-    console.print(f"{settings['dtype']}, up to {settings['draft_n_max']} drafts a step")
+    console.print(f"{settings['computes']}, up to {settings['draft_n_max']} drafts a step")
     console.print(table("greedy", report["kinds"] | {"all": report["overall"]}))
     title = f"temperature {settings['temperature']}"
     console.print(table(title, sampled["kinds"] | {"all": sampled["overall"]}))
