@@ -148,7 +148,7 @@ def test_minutes_become_steps_once(
     monkeypatch.setattr(run, "seconds_per_step", lambda *_: 0.5)
     opened = Run.open(tmp_path / "run", settings)
     n_steps = opened.n_steps("target", lambda: None)  # type: ignore[arg-type, return-value]
-    assert n_steps == round(120 * run.TRAINING_SHARE * 0.6 / 0.5)
+    assert n_steps == round(120 * run.TRAINING_SHARE * (1 - 0.4) / 0.5)
     monkeypatch.setattr(run, "seconds_per_step", lambda *_: 0.1)
     resumed = Run.open(tmp_path / "run", settings)
     assert resumed.n_steps("target", lambda: None) == n_steps  # type: ignore[arg-type, return-value]

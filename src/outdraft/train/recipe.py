@@ -26,7 +26,7 @@ from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.pretrain import Pretraining, heldout_loss
 from outdraft.train.rollouts import Rollouts
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, Run, Settings
-from outdraft.train.select import Prompt, heldout_prompts, measure_drafting
+from outdraft.train.select import Prompt, distinct_share, heldout_prompts, measure_drafting
 from outdraft.train.tokenizer import train_tokenizer, write_tokenizer
 from outdraft.train.trainer import Objective, Progress, Report, StopFlag, run_phase
 from outdraft.train.weights import fresh_weights, make_trainable
@@ -151,6 +151,7 @@ class Stages:
             "draft_length": DRAFT_DEFAULT,
             "tokens_per_pass": drafted.stats.tokens_per_pass,
             "acceptance_by_position": drafted.stats.acceptance_by_position,
+            "distinct_share": distinct_share(plain),
             "identical": plain.tokens == drafted.tokens,
         }  # fmt: skip
         replace_json(run.out / REPORT_NAME, summary)

@@ -31,6 +31,12 @@ class Drafting:
     tokens: list[list[int]]
 
 
+def distinct_share(drafting: Drafting) -> float:
+    """Mean share of different tokens in a text. Low: it repeats itself, which is easy to draft."""
+    shares = [len(set(tokens)) / len(tokens) for tokens in drafting.tokens]
+    return sum(shares) / len(shares)
+
+
 def heldout_prompts(
     tokenizer: tokenizers.Tokenizer, texts: Iterable[str], n_prompts: int, n_tokens: int
 ) -> tuple[list[Prompt], list[Prompt]]:
