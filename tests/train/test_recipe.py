@@ -1,6 +1,7 @@
 """The whole recipe on a tiny preset, its parts that need a target, and the command."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from outdraft.models.gemma4_config import Gemma4Config
 from outdraft.ops.batched import BatchedOps
 from outdraft.train import recipe, run
 from outdraft.train.plot import smoothed
-from outdraft.train.pretrain import run_target
+from outdraft.train.presets import TINY
+from outdraft.train.pretrain import next_token_loss, run_target
 from outdraft.train.recipe import Stages, train_demo
 from outdraft.train.rollouts import TEMPERATURES, Rollouts
 from outdraft.train.run import Run, Settings
 from outdraft.train.trainer import Progress, StopFlag, TrainingStopped
+from outdraft.train.weights import fresh_weights, make_trainable, trainable
 from tests import tiny
 
 CODE = "".join(
@@ -31,6 +34,14 @@ CODE = "".join(
 
 def quiet(state: Progress) -> None:
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fp32() -> Iterator[None]:
+    """Runs are compared to the bit, so the type must not hang on what else the machine does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "fastest_dtype", lambda device: torch.float32)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +159,15 @@ def test_minutes_become_steps_once(
     monkeypatch.setattr(run, "seconds_per_step", lambda *_: 0.5)
     opened = Run.open(tmp_path / "run", settings)
     n_steps = opened.n_steps("target", lambda: None)  # type: ignore[arg-type, return-value]
-    assert n_steps == round(120 * run.TRAINING_SHARE * (1 - 0.4) / 0.5)
+    assert n_steps == round(0.4 * 120 * (1 - 0.4) / 0.5)
     monkeypatch.setattr(run, "seconds_per_step", lambda *_: 0.1)
     resumed = Run.open(tmp_path / "run", settings)
     assert resumed.n_steps("target", lambda: None) == n_steps  # type: ignore[arg-type, return-value]
+
+
+def test_most_of_a_long_run_is_training() -> None:
+    assert run.training_seconds(20) == pytest.approx(960)
+    assert run.training_seconds(2) == pytest.approx(48)
 
 
 def test_own_text_is_what_the_target_says() -> None:
@@ -171,6 +187,23 @@ def test_own_text_is_what_the_target_says() -> None:
         assert 1 < first <= 24 // 4 + 1
         if temperature == 0:
             assert torch.equal(written[row, first:], best[row, first - 1 : -1])
+
+
+def test_products_in_bf16_change_loss_and_gradients_little() -> None:
+    config = Gemma4Config.from_hf(TINY.target_config())
+    fresh = fresh_weights(gemma4.expected_tensors(config), 0)
+    ids = torch.randint(3, config.vocab_size, (3, 40))
+    losses, grads = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = make_trainable(fresh, torch.device("cpu"))
+        loss = next_token_loss(config, weights, ids, dtype)
+        loss.backward()
+        learning = trainable(weights).values()
+        losses.append(float(loss.detach()))
+        grads.append(torch.cat([w.grad.flatten() for w in learning if w.grad is not None]))
+    assert grads[1].dtype == torch.float32 and losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.05
 
 
 def test_smoothing_starts_at_the_first_value() -> None:

@@ -25,8 +25,9 @@ from outdraft.weights.config import read_json
 RUN_NAME, SCORES_NAME, REPORT_NAME, PLOT_NAME = "run.json", "scores.json", "report.json", "plot.png"
 RUN_FILES = (SCORES_NAME, REPORT_NAME, PLOT_NAME, RUN_NAME)
 RUN_DIRECTORIES = ("data", "tokenizer", "phases", "own-text", "candidates", "target", "assistant")
-TRAINING_SHARE = 0.82
-"""Share of the minutes for the two phases; the rest is text, own text, selection and report."""
+_OTHER_SECONDS = 120  # text, own text, selection and report, on two cores
+_SPARE = 0.9  # steps are timed at their fastest
+_LEAST_TRAINING = 0.4
 
 CHECKPOINTS_PER_PHASE = 20
 _TIMED_PHASE = 1000  # steps of a phase that is only timed
@@ -130,7 +131,7 @@ class Run:
                 wanted = self.settings.steps * ratio
             else:
                 assert self.settings.minutes is not None
-                seconds = self.settings.minutes * 60 * TRAINING_SHARE
+                seconds = training_seconds(self.settings.minutes)
                 seconds *= share if name == "assistant" else 1 - share
                 wanted = seconds / seconds_per_step(example(), self.phase(name, _TIMED_PHASE))
             steps[name] = max(1, round(wanted))
@@ -180,6 +181,12 @@ class Run:
         """The tokens per pass of the candidates, by step."""
         scores = read_json(self.out / SCORES_NAME, "scores")
         return {int(step): score for step, score in scores.items()}
+
+
+def training_seconds(minutes: float) -> float:
+    """How much of a run of `minutes` the two phases get; a short run takes longer than asked."""
+    seconds = 60 * minutes
+    return max(_LEAST_TRAINING * seconds, _SPARE * seconds - _OTHER_SECONDS)
 
 
 def _remove_run(out: Path) -> None:
