@@ -56,16 +56,17 @@ class CpuOps(Kernels):
         """Any number of rows is as good as any other."""
         return 1
 
+    def stored_as(self, role: Role) -> Format:
+        """How `pack` stores weights of this role."""
+        if role == "router":
+            return "bf16"
+        return "w8" if role == "embedding" and self.format == "w4" else self.format
+
     def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
         """See `Ops.pack`."""
-        format: Format = self.format
-        if role == "router":
-            format = "bf16"
-        elif role == "embedding" and format == "w4":
-            format = "w8"
         if weight.dtype not in (torch.float32, torch.bfloat16):
             weight = weight.float()
-        return PackedLinear.pack(weight, format, candidates=self.candidates)
+        return PackedLinear.pack(weight, self.stored_as(role), candidates=self.candidates)
 
     def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
         """See `Ops.pack_blocks`."""

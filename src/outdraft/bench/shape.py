@@ -1,0 +1,405 @@
+"""What a model of a published shape costs on this machine, with made-up weights at true size.
+
+Here: plain decoding through the recorded pass, passes of 1 to 8 rows, draft steps, bytes touched,
+and what drafting would give at an acceptance that is put in. Weights and acceptance are synthetic
+and every report says so. The rows of a pass are drawn at random, so experts are hit more widely
+than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape.py).
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
+from outdraft.bench.shapes import Shape
+from outdraft.bench.synthetic import (
+    CountingOps,
+    SyntheticOps,
+    repeat_into,
+    synthetic_assistant,
+    synthetic_target,
+)
+from outdraft.cache.attend import CausalCall
+from outdraft.cache.memory import Memory, Span
+from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.errors import OutdraftError
+from outdraft.models.gemma4 import Gemma4, memory_layers
+from outdraft.models.gemma4_config import Gemma4Config
+from outdraft.models.registry import GEMMA4, Target
+from outdraft.ops.base import PAGE_SLOTS
+from outdraft.ops.packed import Format
+from outdraft.request import SamplingParams
+from outdraft.speculate.drafter import SequenceView, TargetView
+from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
+from outdraft.weights.load import LoadReport
+
+MAX_ROWS = 8
+FILL_ROWS = 4 * PAGE_SLOTS
+READ_BYTES = 1 << 30
+SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
+SEQUENCE = "synthetic"
+PARTS = {
+    "linear": "linear",
+    "experts": "linear",
+    "attention": "attention",
+    "norm_rope": "attention",
+    "write_heads": "attention",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured: format of the weights, filled context, decoded tokens, rounds."""
+
+    quant: Format = "w4"
+    context: int = 1024
+    n_tokens: int = 16
+    rounds: int = 5
+    draft_steps: int = 4
+
+    @property
+    def draft_format(self) -> Format:
+        """As the engine stores drafters: with at least 8 bits."""
+        return "w8" if self.quant == "w4" else self.quant
+
+    @property
+    def n_positions(self) -> int:
+        """The longest sequence that is run."""
+        return self.context + self.n_tokens + FILL_ROWS
+
+
+def measure_shape(shape: Shape, settings: Settings, acceptance: Sequence[float]) -> dict[str, Any]:
+    """Build a model of this shape, measure it, and give the report as it goes into the JSON.
+
+    Args:
+        acceptance: of each position of a draft, given that all before it were accepted.
+
+    Raises:
+        OutdraftError: the model does not fit into memory.
+    """
+    base = peak_bytes()
+    rig = Rig.build(shape, settings)
+    plain = rig.decode(settings.n_tokens)
+    rows, read_gb_s = rig.time_rows(settings.rounds)
+    draft_s = rig.time_draft_step(settings.draft_steps, settings.rounds)
+    pass_s = {row["rows"]: row["us"] / 1e6 for row in rows}
+    drafting = forecast(acceptance, plain.seconds, pass_s, draft_s)
+    best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
+    bytes_per_token = rows[0]["bytes"]
+    return {
+        "synthetic": "weights are made up, and so is the acceptance; only costs are measured",
+        "shape": shape.name,
+        "quant": settings.quant,
+        "context": settings.context,
+        "plain_tok_s": 1 / plain.seconds,
+        "draft_tok_s": None if best is None else best["tok_s"],
+        "best_k": None if best is None else best["k"],
+        "speedup": None if best is None else best["speedup"],
+        "bytes_per_token": bytes_per_token,
+        "read_gb_s": read_gb_s,
+        "share_of_bandwidth": bytes_per_token / plain.seconds / 1e9 / read_gb_s,
+        "python_share": plain.python_share,
+        "packed_bytes": rig.packed_bytes,
+        "kv_bytes": rig.memory.n_bytes,
+        "base_bytes": base,
+        "peak_bytes": peak_bytes(),
+        "cost_by_rows": rows,
+        "draft_step_us": draft_s * 1e6,
+        "draft_step_cost": draft_s / plain.seconds,
+        "acceptance": list(acceptance),
+        "drafting": drafting,
+        "time_by_part_us": rig.time_parts(settings.rounds),
+    }
+
+
+def forecast(
+    acceptance: Sequence[float], plain_s: float, pass_s: dict[int, float], draft_s: float
+) -> list[dict[str, float]]:
+    """Speed at every draft length, from measured costs and a given conditional acceptance.
+
+    A step of k drafts takes k draft steps and a pass of k + 1 rows, and gives one token and those
+    drafts that are accepted with all before them: 1 + a1 + a1 a2 + ...
+
+    Args:
+        plain_s: a step of plain decoding.
+        pass_s: number of rows -> a pass.
+        draft_s: a draft step.
+    """
+    found = []
+    for k, standing in enumerate(accumulate(accumulate(acceptance, mul)), start=1):
+        if k + 1 not in pass_s:
+            break
+        tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s
+        found.append(
+            {
+                "k": k,
+                "tokens_per_pass": tokens,
+                "tok_s": tokens / seconds,
+                "speedup": tokens / seconds * plain_s,
+            }
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Plain decoding: median time of a step, and the share of it outside the kernels."""
+
+    seconds: float
+    python_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A target, its assistant and one sequence with its context filled."""
+
+    model: Gemma4
+    ops: SyntheticOps
+    memory: Memory
+    target_pass: TargetPass
+    drafter: Gemma4AssistantDrafter
+    packed_bytes: int
+
+    @classmethod
+    def build(cls, shape: Shape, settings: Settings) -> "Rig":
+        """Make the weights and the memory.
+
+        Raises:
+            OutdraftError: they do not fit.
+        """
+        config, n_positions = shape.target, settings.n_positions
+        needed = weight_bytes(shape, settings)
+        memory = Memory(
+            memory_layers(config),
+            max_sequences=1,
+            max_tokens=n_positions,
+            max_rows=FILL_ROWS,
+            dtype=torch.bfloat16,
+        )
+        check_fits(shape.name, needed + memory.n_bytes)
+        ops, draft_ops = SyntheticOps(settings.quant), SyntheticOps(settings.draft_format)
+        model = synthetic_target(config, ops, n_positions)
+        assistant = synthetic_assistant(shape.assistant, draft_ops, n_positions)
+        kinds = dict.fromkeys(shape.assistant.text.layer_types)
+        kv_layers: dict[str, int] = {kind: config.last_owner(kind) for kind in kinds}
+        fill_context(memory, settings.context)
+        return cls(
+            model,
+            ops,
+            memory,
+            TargetPass(as_target(shape.target, model, ops, n_positions), memory),
+            Gemma4AssistantDrafter(assistant, kv_layers),
+            sum(weight.n_bytes for weight in [*ops.weights, *draft_ops.weights]),
+        )
+
+    def run(self, tokens: list[int]) -> Pass:
+        """A pass of these rows behind the context; they are not kept."""
+        self.memory.reserve(SEQUENCE, len(tokens))
+        n = len(tokens)
+        return self.target_pass.run(tokens, [Span(SEQUENCE, 0, n)], list(range(n)))
+
+    @torch.inference_mode()
+    def decode(self, n_tokens: int) -> Decoding:
+        """Greedy decoding; the first step, which records, is not counted."""
+        token = int(self.run([2]).best_R[0])
+        (program,) = self.ops.programs
+        seconds, shares = [], []
+        for _ in range(n_tokens):
+            in_kernels = program.seconds
+            start = time.perf_counter()
+            token = int(self.run([token]).best_R[0])
+            self.memory.advance(SEQUENCE, 1)
+            self.memory.trim(SEQUENCE)
+            seconds.append(time.perf_counter() - start)
+            shares.append(1 - (program.seconds - in_kernels) / seconds[-1])
+        return Decoding(median(seconds), median(shares))
+
+    @torch.inference_mode()
+    def time_rows(self, rounds: int) -> tuple[list[dict[str, float]], float]:
+        """Passes of 1 .. 8 rows, and the bandwidth of a pure read, taking turns.
+
+        Returns:
+            For every number of rows: `us` (median), `spread_us` (min, max), `cost` in passes of
+            one row, `bytes` touched; and the bandwidth in 1e9 bytes a second.
+        """
+        rng = random.Random(0)
+        vocab = self.model.config.vocab_size
+        rows = {n: rng.sample(range(vocab), n) for n in range(1, MAX_ROWS + 1)}
+        n_bytes = {n: self._record(tokens) for n, tokens in rows.items()}
+        parts = self._large_parts()
+        spent: dict[int, list[float]] = {n: [] for n in rows}
+        reads = [read_seconds(parts)]
+        for _ in range(rounds):
+            for n, tokens in rows.items():
+                spent[n].append(clock(lambda tokens=tokens: self.run(tokens)))
+            reads.append(read_seconds(parts))
+        one = median(spent[1])
+        table = [
+            {
+                "rows": n,
+                "us": median(times) * 1e6,
+                "min_us": min(times) * 1e6,
+                "max_us": max(times) * 1e6,
+                "cost": median(times) / one,
+                "bytes": n_bytes[n],
+            }
+            for n, times in spent.items()
+        ]
+        return table, sum(part.numel() for part in parts) / median(reads[1:]) / 1e9
+
+    @torch.inference_mode()
+    def time_draft_step(self, k: int, rounds: int) -> float:
+        """Seconds of one draft step, of rounds of k."""
+        length = self.memory.lengths[SEQUENCE]
+        hidden_H = self.run([2]).hidden_TH[0].clone()
+        sequence = SequenceView(SEQUENCE, [2] * (length + 1), SamplingParams(), 0, hidden_H)
+        view = TargetView([sequence], self.memory, self.model.embed, self.ops)
+        self.drafter.propose(view, k)
+        return median(clock(lambda: self.drafter.propose(view, k)) for _ in range(rounds)) / k
+
+    @torch.inference_mode()
+    def time_parts(self, rounds: int) -> dict[str, float]:
+        """Microseconds of a pass of one row by part, call by call instead of recorded."""
+        self.memory.reserve(SEQUENCE, 1)
+        found: list[dict[str, float]] = []
+        for _ in range(rounds + 1):
+            watch: Any = Stopwatch(self.ops)
+            call = CausalCall.prepare(self.memory, watch, [Span(SEQUENCE, 0, 1)], [2])
+            self.model.ops = watch
+            try:
+                hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
+            finally:
+                self.model.ops = self.ops
+            head = clock(lambda h=hidden_TH: self.ops.argmax(self.model.logits(h)))
+            found.append(watch.by_part() | {"head": head})
+        return {part: median(one[part] for one in found[1:]) * 1e6 for part in found[0]}
+
+    def _record(self, tokens: list[int]) -> int:
+        """Run a number of rows for the first time; bytes of weights and keys that it touches."""
+        recorded = len(self.ops.routed)
+        self.run(tokens)
+        if recorded == len(self.ops.routed):  # one row has been recorded before
+            recorded = 0
+        per_layer = self.ops.routed[recorded : recorded + self.model.config.n_layers]
+        hits = [len(set(ids_TA.flatten().tolist())) for ids_TA in per_layer]
+        return weights_touched(self.model, len(tokens), hits) + keys_touched(self.memory)
+
+    def _large_parts(self) -> list[Tensor]:
+        """The largest weights, about a gigabyte: more than any cache where the model is."""
+        parts: list[Tensor] = []
+        for weight in sorted(self.ops.weights, key=lambda w: w.n_bytes, reverse=True):
+            if sum(part.numel() for part in parts) < READ_BYTES:
+                parts.append(weight.data[:READ_BYTES])
+        return parts
+
+
+class Stopwatch:
+    """Operations that add up the time of their calls by name."""
+
+    def __init__(self, ops: SyntheticOps) -> None:
+        """Over these operations."""
+        self.inner = ops
+        self.seconds: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """An operation, timed."""
+        call = getattr(self.inner, name)
+        if not callable(call):
+            return call
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*arguments, **options)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+    def by_part(self) -> dict[str, float]:
+        """Seconds of linear, attention, and all others."""
+        total = {"linear": 0.0, "attention": 0.0, "norms and the rest": 0.0}
+        for name, seconds in self.seconds.items():
+            total[PARTS.get(name, "norms and the rest")] += seconds
+        return total
+
+
+def clock(run: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def as_target(config: Gemma4Config, model: Gemma4, ops: SyntheticOps, n_positions: int) -> Target:
+    """A target that was loaded from nowhere."""
+    nothing = LoadReport(0, 0, Counter(), ())
+    where = Path(SEQUENCE)
+    return Target(where, GEMMA4, config, model, nothing, torch.bfloat16, ops, n_positions)
+
+
+def weight_bytes(shape: Shape, settings: Settings) -> int:
+    """Packed bytes of target and assistant, before there are any."""
+    ops, draft_ops = CountingOps(settings.quant), CountingOps(settings.draft_format)
+    synthetic_target(shape.target, ops, 1)
+    synthetic_assistant(shape.assistant, draft_ops, 1)
+    return ops.n_bytes + draft_ops.n_bytes
+
+
+def check_fits(name: str, n_bytes: int) -> None:
+    """Refuse what would not fit.
+
+    Raises:
+        OutdraftError: saying what is needed and what there is.
+    """
+    free = available_bytes()
+    if free is not None and n_bytes + SPARE_BYTES > free:
+        raise OutdraftError(
+            f"{name} needs {(n_bytes + SPARE_BYTES) / 1e9:.1f} GB and {free / 1e9:.1f} are free",
+            "use fewer bits (--quant w4), a smaller shape, or a shorter --context",
+        )
+
+
+def fill_context(memory: Memory, n_tokens: int) -> None:
+    """A sequence of n positions with random keys and values."""
+    memory.open(SEQUENCE)
+    for start in range(0, n_tokens, FILL_ROWS):
+        n_rows = min(FILL_ROWS, n_tokens - start)
+        memory.reserve(SEQUENCE, n_rows)
+        memory.advance(SEQUENCE, n_rows)
+        memory.trim(SEQUENCE)
+    for group in memory.groups.values():
+        for store in group.layers.values():
+            pattern = torch.randn(PAGE_SLOTS * store.k_PGSD.shape[3]).to(store.k_PGSD.dtype)
+            repeat_into(store.k_PGSD.view(-1), pattern)
+            repeat_into(store.v_PGSD.view(-1), pattern)
+
+
+def weights_touched(model: Gemma4, n_rows: int, experts_hit: Sequence[int]) -> int:
+    """Packed bytes that a pass reads: matrices and the head once, of experts those that are hit."""
+    total = model.head.n_bytes + n_rows * model.embedding.n_bytes // model.embedding.n
+    if model.config.ple_size:
+        total += model.ple_projection.n_bytes + n_rows * model.ple_table.n_bytes // model.ple_table.n
+    for index, layer in enumerate(model.layers):
+        for weight in layer.matrices.values():
+            hit = experts_hit[index] if weight.n_blocks > 1 else 1
+            total += weight.n_bytes * hit // weight.n_blocks
+    return int(total)
+
+
+def keys_touched(memory: Memory) -> int:
+    """Bytes of keys and values that the next row sees, each layer's once."""
+    length = memory.lengths[SEQUENCE]
+    return sum(
+        memory.bytes_per_token(name) * min(length, group.window or length)
+        for name, group in memory.groups.items()
+    )

@@ -1,0 +1,164 @@
+"""Models of a given shape whose weights are made up in packed form, for measuring cost.
+
+No weight ever exists unpacked: a few hundred rows are drawn at random and packed, and the packed
+weight is filled with copies of their panels. All of it is real memory, so reading costs what it
+costs with trained weights; values are plausible, so activations stay finite. What such a model
+says is noise. Not here: which shapes there are (shapes.py) and measuring (shape.py).
+
+Shapes: T rows, N outputs, K inputs, E experts, A experts used by a row, C blocks.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.models import gemma4_assistant
+from outdraft.models.gemma4 import Gemma4, expected_tensors
+from outdraft.models.gemma4_assistant import Gemma4Assistant
+from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.ops.base import Role
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear
+from outdraft.ops.program import Program
+from outdraft.ops.record import Replayable
+from outdraft.weights.load import ExpectedTensor
+
+DISTINCT_ROWS = 16 * PANEL_ROWS
+GROUP = 32
+
+
+class TimedProgram(Program):
+    """A program that adds up how long its replays took."""
+
+    def __init__(self) -> None:
+        """An empty program."""
+        super().__init__()
+        self.seconds = 0.0
+
+    def replay(self) -> None:
+        """Run all recorded calls."""
+        start = time.perf_counter()
+        super().replay()
+        self.seconds += time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class SyntheticOps(CpuOps):
+    """The compiled kernels over made-up weights: `pack` reads the shape of a tensor, no values.
+
+    Attributes:
+        weights: everything that was packed.
+        programs: everything that was recorded.
+        routed: the expert ids [T, A] of every routing that was recorded or run, in order.
+    """
+
+    weights: list[PackedLinear] = field(default_factory=list)
+    programs: list[TimedProgram] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
+
+    def begin(self, program: Replayable | None) -> Program:
+        """See `Recordable`."""
+        if program is None:
+            program = TimedProgram()
+            self.programs.append(program)
+        return CpuOps.begin(self, program)
+
+    def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
+        """A weight of this shape."""
+        packed = synthetic_weight(self.stored_as(role), *_dimensions(weight.shape))
+        self.weights.append(packed)
+        return packed
+
+    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
+        """See `Ops.pack_blocks`."""
+        blocks = torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta")
+        return self.pack(blocks, "embedding")
+
+    def route(
+        self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.route`."""
+        ids_TA, weights_TA = CpuOps.route(self, scores_TE, count, per_expert_E)
+        self.routed.append(ids_TA)
+        return ids_TA, weights_TA
+
+
+@dataclass(slots=True)
+class CountingOps(CpuOps):
+    """Packs nothing and adds up what `SyntheticOps` would need."""
+
+    n_bytes: int = 0
+
+    def pack(self, weight: Tensor, role: Role = "linear") -> Any:
+        """Count a weight of this shape."""
+        self.n_bytes += packed_bytes(self.stored_as(role), *_dimensions(weight.shape))
+
+    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Any:
+        """See `Ops.pack_blocks`."""
+        self.pack(torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta"), "embedding")
+
+
+def packed_bytes(format: Format, n_blocks: int, n: int, k: int) -> int:
+    """`PackedLinear.n_bytes` of a weight that does not exist yet."""
+    rows = -(-n // PANEL_ROWS) * PANEL_ROWS * n_blocks
+    if format == "w4":
+        groups = -(-k // GROUP)
+        return rows * groups * (GROUP // 2 + 2)  # and a scale in fp16
+    if format == "w8":
+        return rows * (-(-k // 4) * 4 + 8)  # and a scale in fp32, a sum in int32
+    return rows * -(-k // 2) * 4
+
+
+def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLinear:
+    """A packed weight [N, K], or E of them, that makes unit-size outputs of unit-size inputs."""
+    packed = PackedLinear.empty(format, n, k, group=GROUP, n_blocks=n_blocks)
+    rows_NK = torch.randn(DISTINCT_ROWS, k) * k**-0.5
+    pattern = PackedLinear.pack(rows_NK, format, group=GROUP)
+    for whole, part in (
+        (packed.data, pattern.data),
+        (packed.scales, pattern.scales),
+        (packed.zeros, pattern.zeros),
+    ):
+        repeat_into(whole, part)
+    return packed
+
+
+def repeat_into(whole: Tensor, part: Tensor) -> None:
+    """Fill a vector with copies of another one, the last one cut off."""
+    for start in range(0, whole.numel(), max(1, part.numel())):
+        piece = whole[start : start + part.numel()]
+        piece.copy_(part[: piece.numel()])
+
+
+def synthetic_target(config: Gemma4Config, ops: CpuOps, n_positions: int) -> Gemma4:
+    """A target whose weights `ops` makes up (or only counts)."""
+    return Gemma4(config, placeholders(expected_tensors(config)), ops, n_positions)
+
+
+def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:
+    """An assistant whose weights `ops` makes up (or only counts)."""
+    weights = placeholders(gemma4_assistant.expected_tensors(config))
+    return Gemma4Assistant(config, weights, ops, n_positions)
+
+
+def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor]:
+    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order."""
+    made = {}
+    for name, tensor in expected.items():
+        if tensor.dtype is not None:
+            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
+        elif len(tensor.shape) == 1:
+            made[name] = torch.ones(tensor.shape)
+        else:
+            made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+    return made
+
+
+def _dimensions(shape: torch.Size) -> tuple[int, int, int]:
+    """E, N, K."""
+    n, k = shape[-2:]
+    return shape[0] if len(shape) == 3 else 1, n, k
