@@ -9,18 +9,22 @@ export HF_HUB_OFFLINE := 1
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.venv-made:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
 	# The CPU build first and by itself: any other spelling may pull gigabytes of CUDA.
 	$(BIN)/python -m pip install -q torch==2.13.0
+	touch $@
+
+# The package in place, with the compiled core; again when either changes.
+$(VENV)/.ready: $(VENV)/.venv-made pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-setup: $(VENV)/.ready  ## make the virtual environment and install everything into it
+setup: $(VENV)/.ready  ## make the virtual environment, compile, install
 
 demo: setup      ## run the built-in model: coloured drafts, then a short benchmark
-	$(BIN)/outdraft generate demo --max-tokens 160
+	$(BIN)/outdraft generate demo --max-tokens 160 </dev/null
 	$(BIN)/outdraft bench demo --prompts 2 --max-tokens 64
 
 test: setup      ## everything that must hold, in minutes

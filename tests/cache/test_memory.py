@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outdraft.cache.attend import CausalAttend
+from outdraft.cache.attend import CausalAttend, CausalCall
 from outdraft.cache.memory import KVLayer, Memory, Span
 from outdraft.cache.pages import PagePool
 from outdraft.errors import CapacityError
-from outdraft.ops.base import PAGE_SLOTS, Heads, Rotary
+from outdraft.ops.base import PAGE_SLOTS, Heads, Ops, Rotary
 from outdraft.ops.reference import ReferenceOps
 
 
@@ -21,6 +21,11 @@ class RawOps(ReferenceOps):
         self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
     ) -> Tensor:
         return x_THD
+
+
+def bind(m: Memory, ops: Ops, sequence: str, n_rows: int) -> CausalAttend:
+    """Attention for the next rows of a sequence, whose tokens do not matter here."""
+    return CausalCall.prepare(m, ops, [Span(sequence, 0, n_rows)], [0] * n_rows).attend
 
 
 def raw(x_TGD: Tensor) -> Heads:
@@ -75,7 +80,7 @@ def test_any_walk_sees_its_own_rows_and_leaves_nothing(walk: list[tuple[int, int
             break
         m.reserve("a", n_rows)
         at = m.lengths["a"]
-        bound = CausalAttend.bind(m, ops, [Span("a", 0, n_rows)])
+        bound = bind(m, ops, "a", n_rows)
         # Values carry their position; all keys are equal, so attention returns the mean of them.
         v = torch.arange(at, at + n_rows).float().view(-1, 1, 1).expand(-1, 1, 8)
         zeros = torch.zeros(n_rows, 1, 8)
@@ -112,13 +117,13 @@ def test_pages_are_clean_for_the_next_sequence() -> None:
     bad = torch.full((3, 1, 8), float("inf"))
     m.open("a")
     m.reserve("a", 3)
-    CausalAttend.bind(m, ops, [Span("a", 0, 3)])(0, torch.ones(3, 1, 8), raw(bad), raw(bad))
+    bind(m, ops, "a", 3)(0, torch.ones(3, 1, 8), raw(bad), raw(bad))
     m.advance("a", 3)
     m.close("a")
     m.open("b")
     m.reserve("b", 2)
     good = torch.ones(2, 1, 8)
-    out = CausalAttend.bind(m, ops, [Span("b", 0, 2)])(0, good, raw(good), raw(good))
+    out = bind(m, ops, "b", 2)(0, good, raw(good), raw(good))
     assert torch.equal(out, good)
 
 

@@ -62,7 +62,7 @@ def assert_idle(llm: LLM) -> None:
 
 
 BACKENDS: dict[str, dict[str, Any]] = {
-    "reference": {"backend": "reference"},
+    "reference": {"backend": "reference", "dtype": "float32"},
     "w8": {"quant": "w8"},
     "w4": {"quant": "w4", "kv_dtype": "int8"},
     "bf16": {"quant": "bf16"},

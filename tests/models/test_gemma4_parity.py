@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig
 
-from outdraft.cache.attend import CausalAttend
+from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.gemma4 import Gemma4, memory_layers
 from outdraft.models.gemma4_config import Gemma4Config
@@ -32,11 +32,9 @@ def reference(raw: dict[str, Any], weights: dict[str, Tensor]) -> Gemma4ForCausa
 
 def run(model: Gemma4, memory: Memory, tokens: list[int]) -> Tensor:
     """Logits [T, V] of the next tokens of the one sequence "s"."""
-    start = memory.lengths["s"]
     memory.reserve("s", len(tokens))
-    attend = CausalAttend.bind(memory, model.ops, [Span("s", 0, len(tokens))])
-    positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
-    hidden = model.forward(torch.tensor(tokens, dtype=torch.int32), positions, attend)
+    call = CausalCall.prepare(memory, model.ops, [Span("s", 0, len(tokens))], tokens)
+    hidden = model.forward(call.token_T, call.position_T, call.attend)
     memory.advance("s", len(tokens))
     memory.trim("s")
     return model.logits(hidden)

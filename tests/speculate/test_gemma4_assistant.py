@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.cache.attend import CausalAttend
+from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
 from outdraft.errors import PairingError
 from outdraft.models.gemma4 import Gemma4, memory_layers
@@ -109,9 +109,8 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS + 1,), generator=generator).tolist()
     memory.reserve("s", N_TOKENS)
-    attend = CausalAttend.bind(memory, ops, [Span("s", 0, N_TOKENS)])
-    prompt = torch.tensor(tokens[:-1], dtype=torch.int32)
-    hidden = target.forward(prompt, torch.arange(N_TOKENS, dtype=torch.int32), attend)
+    call = CausalCall.prepare(memory, ops, [Span("s", 0, N_TOKENS)], tokens[:-1])
+    hidden = target.forward(call.token_T, call.position_T, call.attend)
     memory.advance("s", N_TOKENS)
 
     raw_assistant = tiny.assistant_config(raw, ordered=ordered)
@@ -122,7 +121,7 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
     drafter = Gemma4AssistantDrafter(model, kv_layers)
     view = SequenceView("s", tokens, SamplingParams(), 0, hidden[-1])
-    keys = drafter._attend(memory, [view])
+    keys = drafter._prepare(memory, [view]).attend
     steps = []
 
     normed = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
+from outdraft.cache.numbers import Numbers
 from outdraft.ops.base import AttentionRows, Heads, KvPages, Ops, PageSlots
 
 
@@ -26,16 +27,6 @@ class CausalAttend:
     slots: Mapping[str, PageSlots]
     rows: Mapping[str, AttentionRows]
 
-    @classmethod
-    def bind(cls, memory: Memory, ops: Ops, spans: Sequence[Span]) -> "CausalAttend":
-        """For the next rows of these sequences; `memory.reserve` comes first."""
-        return cls(
-            memory,
-            ops,
-            {name: memory.write_slots(name, spans) for name in memory.groups},
-            {name: memory.causal_rows(name, spans) for name in memory.groups},
-        )
-
     def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Rows beyond the spans (padding) are not stored and get zeros."""
         spec = self.memory.layers[layer]
@@ -46,6 +37,38 @@ class CausalAttend:
             write_rows(self.ops, k, store.k_PGSD, store.k_scales_PGS, slots)
             write_rows(self.ops, v, store.v_PGSD, store.v_scales_PGS, slots)
         return pad_back(self.ops.attention(q_THD[:n_rows], store, rows, 1.0), q_THD.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class CausalCall:
+    """What changes from one call of a model to the next with as many rows and sequences.
+
+    All other tensors, those of `attend` included, are views of `numbers`: to prepare a recorded
+    call is to copy one tensor.
+    """
+
+    numbers: Tensor
+    token_T: Tensor
+    position_T: Tensor
+    attend: CausalAttend
+
+    @classmethod
+    def prepare(
+        cls, memory: Memory, ops: Ops, spans: Sequence[Span], tokens: list[int]
+    ) -> "CausalCall":
+        """The next rows of these sequences, with their tokens; `memory.reserve` comes first."""
+        numbers = Numbers()
+        numbers.add(tokens)
+        numbers.add([p for span in spans for p in memory.positions(span)])
+        for group in memory.groups:
+            memory.add_slots(numbers, group, spans)
+            memory.add_causal_rows(numbers, group, spans)
+        flat, (token_T, position_T, *parts) = numbers.build()
+        slots, rows = {}, {}
+        for i, group in enumerate(memory.groups):
+            own = parts[7 * i : 7 * i + 7]
+            slots[group], rows[group] = PageSlots(own[0], own[1]), AttentionRows.of(own[2:])
+        return cls(flat, token_T, position_T, CausalAttend(memory, ops, slots, rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from outdraft.cache.kv import clear_pages, empty_pages, n_bytes
+from outdraft.cache.numbers import Numbers
 from outdraft.cache.pages import PagePool
-from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots
+from outdraft.ops.base import PAGE_SLOTS, KvPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,17 +160,18 @@ class Memory:
                 del table.pages[:n_freed]
                 table.first_page += n_freed
 
-    def write_slots(self, group: str, spans: Sequence[Span]) -> PageSlots:
-        """Where the next rows of these sequences go; `reserve` comes first."""
+    def add_slots(self, numbers: Numbers, group: str, spans: Sequence[Span]) -> None:
+        """Where the next rows of these sequences go (`reserve` comes first): page, slot [T]."""
         pages, slots = [], []
         for span in spans:
             table = self.groups[group].tables[span.sequence]
             for position in self.positions(span):
                 pages.append(table.pages[position // PAGE_SLOTS - table.first_page])
                 slots.append(position % PAGE_SLOTS)
-        return PageSlots(_int32(pages), _int32(slots))
+        numbers.add(pages)
+        numbers.add(slots)
 
-    def causal_rows(self, group: str, spans: Sequence[Span]) -> AttentionRows:
+    def add_causal_rows(self, numbers: Numbers, group: str, spans: Sequence[Span]) -> None:
         """A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence."""
         window = self.groups[group].window
         lo, hi = [], []
@@ -178,35 +179,26 @@ class Memory:
             for p in self.positions(span):
                 hi.append(p)
                 lo.append(0 if window is None else max(0, p - window + 1))
-        return self.rows(group, spans, lo, hi)
+        self.add_rows(numbers, group, spans, lo, hi)
 
-    def rows(
-        self, group: str, spans: Sequence[Span], lo: list[int], hi: list[int]
-    ) -> AttentionRows:
-        """Rows of the spans, which see key positions `lo[t] .. hi[t]`."""
+    def add_rows(
+        self, numbers: Numbers, group: str, spans: Sequence[Span], lo: list[int], hi: list[int]
+    ) -> None:
+        """The five tensors of `AttentionRows`; rows see key positions `lo[t] .. hi[t]`.
+
+        Page tables are as wide as any sequence's can get, so that calls with as many rows and
+        sequences have the same layout.
+        """
         tables = [self.groups[group].tables[span.sequence] for span in spans]
-        width = max(len(table.pages) for table in tables)
-        padded = [table.pages + [0] * (width - len(table.pages)) for table in tables]
-        owner = [b for b, span in enumerate(spans) for _ in range(span.n_rows)]
-        return AttentionRows(
-            table_BP=_int32(padded),
-            first_page_B=_int32([table.first_page for table in tables]),
-            sequence_T=_int32(owner),
-            lo_T=_int32(lo),
-            hi_T=_int32(hi),
-        )
-
-    def widest(self, group: str, rows: AttentionRows) -> AttentionRows:
-        """The same rows with a page table as wide as any sequence's can get."""
-        wide = torch.zeros(rows.table_BP.shape[0], self.groups[group].max_pages, dtype=torch.int32)
-        wide[:, : rows.table_BP.shape[1]] = rows.table_BP
-        return AttentionRows(wide, rows.first_page_B, rows.sequence_T, rows.lo_T, rows.hi_T)
+        width = self.groups[group].max_pages
+        padded = [page for t in tables for page in t.pages + [0] * (width - len(t.pages))]
+        numbers.add(padded, len(spans), width)
+        numbers.add([table.first_page for table in tables])
+        numbers.add([b for b, span in enumerate(spans) for _ in range(span.n_rows)])
+        numbers.add(lo)
+        numbers.add(hi)
 
     def positions(self, span: Span) -> range:
         """Where the next rows of a sequence stand."""
         length = self.lengths[span.sequence]
         return range(length, length + span.n_rows)
-
-
-def _int32(values: list[int] | list[list[int]]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)

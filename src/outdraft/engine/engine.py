@@ -78,7 +78,7 @@ class LLM:
         self.config = config or EngineConfig()
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-            _core.set_threads(self.config.threads)
+        _core.set_threads(torch.get_num_threads())
         path = resolve_model(model)
         self.target = load_target(path, self.config)
         self.pairing = build_drafter(self.target, self.config)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import CausalAttend
+from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.registry import Target
-from outdraft.ops.record import Recordable, Replayable, fill_rows, fill_slots, recording
+from outdraft.ops.record import Recordable, Replayable, recording
 from outdraft.ops.reference import pad_rows
 
 MAX_RECORDED_ROWS = 64
@@ -38,11 +38,9 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A recorded pass over all of whose rows there are logits."""
+    """A recorded pass, all of whose rows have logits."""
 
-    token_T: Tensor
-    position_T: Tensor
-    attend: CausalAttend
+    call: CausalCall
     program: Replayable
     result: Pass
 
@@ -54,70 +52,46 @@ class TargetPass:
         self.model = target.model
         self.ops = target.ops
         self.memory = memory
+        self.recorder = target.ops if isinstance(target.ops, Recordable) else None
         self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
 
-    def run(
-        self, tokens: list[int], positions: list[int], spans: Sequence[Span], wanted: list[int]
-    ) -> Pass:
+    def run(self, tokens: list[int], spans: Sequence[Span], wanted: list[int]) -> Pass:
         """One pass; `memory.reserve` comes first.
 
         Args:
             tokens: of all rows.
-            positions: of all rows.
-            spans: which rows belong to which sequence.
+            spans: which rows belong to which sequence; they stand behind its length.
             wanted: rows that need logits, ascending.
         """
-        attend = CausalAttend.bind(self.memory, self.ops, spans)
-        token_T = torch.tensor(tokens, dtype=torch.int32)
-        position_T = torch.tensor(positions, dtype=torch.int32)
-        if isinstance(self.ops, Recordable) and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
-            return self._replay(self.ops, token_T, position_T, attend, len(spans))
+        call = CausalCall.prepare(self.memory, self.ops, spans, tokens)
+        if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
+            return self._replay(self.recorder, call, len(spans))
         multiple = self.ops.row_multiple  # padded once here, so that no operation has to
         hidden_TH = self.model.forward(
-            pad_rows(token_T, multiple), pad_rows(position_T, multiple), attend
+            pad_rows(call.token_T, multiple), pad_rows(call.position_T, multiple), call.attend
         )
-        chosen_RH = pad_rows(hidden_TH[torch.tensor(wanted, dtype=torch.int64)], multiple)
         if not wanted:
             return Pass(hidden_TH, torch.empty(0, 0), torch.empty(0, dtype=torch.int32))
+        chosen_RH = pad_rows(hidden_TH[torch.tensor(wanted)], multiple)
         logits_RV = self.model.logits(chosen_RH)[: len(wanted)]
         return Pass(hidden_TH, logits_RV, self.ops.argmax(logits_RV))
 
-    def _replay(
-        self,
-        ops: Recordable,
-        token_T: Tensor,
-        position_T: Tensor,
-        attend: CausalAttend,
-        n_sequences: int,
-    ) -> Pass:
-        key = (token_T.shape[0], n_sequences)
+    def _replay(self, recorder: Recordable, call: CausalCall, n_sequences: int) -> Pass:
+        key = (call.token_T.shape[0], n_sequences)
         if key not in self.recordings:
-            self.recordings[key] = self._record(ops, token_T, position_T, attend)
+            self.recordings[key] = self._record(recorder, call)
             if len(self.recordings) > MAX_RECORDINGS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
-        recording_ = self.recordings[key]
-        recording_.token_T.copy_(token_T)
-        recording_.position_T.copy_(position_T)
-        for group, slots in recording_.attend.slots.items():
-            fill_slots(slots, attend.slots[group])
-            fill_rows(recording_.attend.rows[group], attend.rows[group])
-        recording_.program.replay()
-        return recording_.result
+        recorded = self.recordings[key]
+        recorded.call.numbers.copy_(call.numbers)
+        recorded.program.replay()
+        return recorded.result
 
-    def _record(
-        self, ops: Recordable, token_T: Tensor, position_T: Tensor, attend: CausalAttend
-    ) -> _Recording:
-        """Over copies of these inputs, with page tables as wide as they can get."""
-        token_T, position_T = token_T.clone(), position_T.clone()
-        static = CausalAttend(
-            self.memory,
-            self.ops,
-            attend.slots,
-            {g: self.memory.widest(g, rows) for g, rows in attend.rows.items()},
-        )
-        with recording(ops) as program:
-            hidden_TH = self.model.forward(token_T, position_T, static)
+    def _record(self, recorder: Recordable, call: CausalCall) -> _Recording:
+        """Over the tensors of this call, which later ones are copied into."""
+        with recording(recorder) as program:
+            hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             logits_TV = self.model.logits(hidden_TH)
             best_T = self.ops.argmax(logits_TV)
-        return _Recording(token_T, position_T, static, program, Pass(hidden_TH, logits_TV, best_T))
+        return _Recording(call, program, Pass(hidden_TH, logits_TV, best_T))

@@ -120,7 +120,6 @@ class Runner:
         self, plan: StepPlan, sequences: Mapping[str, Sequence], blocks: Mapping[str, Block]
     ) -> Pass:
         tokens: list[int] = []
-        positions: list[int] = []
         wanted: list[int] = []
         spans = []
         for w in plan.work:
@@ -129,11 +128,10 @@ class Runner:
             drafts = blocks.get(w.sequence, NO_DRAFTS).tokens
             tokens += sequence.tokens[at : at + w.n_rows] + drafts
             spans.append(Span(w.sequence, first, len(tokens) - first))
-            positions += range(at, at + len(tokens) - first)
             if w.n_rows == sequence.n_pending:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
-        done = self.target_pass.run(tokens, positions, spans, wanted)
+        done = self.target_pass.run(tokens, spans, wanted)
         best_R1 = done.logits_RV.gather(-1, done.best_R[:, None].long()) if wanted else None
         if best_R1 is not None and not bool(torch.isfinite(best_R1).all()):
             raise OutdraftError(

@@ -55,6 +55,12 @@ class AttentionRows:
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """Of the implementation: what it derives once for all layers that share these rows."""
 
+    @classmethod
+    def of(cls, parts: list[Tensor]) -> "AttentionRows":
+        """From the five tensors in the order of the fields."""
+        table_BP, first_page_B, sequence_T, lo_T, hi_T = parts
+        return cls(table_BP, first_page_B, sequence_T, lo_T, hi_T)
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-from outdraft.ops.base import AttentionRows, PageSlots
-
 
 class Replayable(Protocol):
     """A recorded call."""
@@ -45,18 +43,3 @@ def recording(*all_ops: Recordable) -> Iterator[Replayable]:
     finally:
         for ops in all_ops:
             ops.end()
-
-
-def fill_slots(static: PageSlots, new: PageSlots) -> None:
-    """Overwrite where rows go."""
-    static.page_T.copy_(new.page_T)
-    static.slot_T.copy_(new.slot_T)
-
-
-def fill_rows(static: AttentionRows, new: AttentionRows) -> None:
-    """Overwrite what rows see; the static table may be wider."""
-    static.table_BP[:, : new.table_BP.shape[1]].copy_(new.table_BP)
-    static.first_page_B.copy_(new.first_page_B)
-    static.sequence_T.copy_(new.sequence_T)
-    static.lo_T.copy_(new.lo_T)
-    static.hi_T.copy_(new.hi_T)

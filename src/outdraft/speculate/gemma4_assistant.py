@@ -13,10 +13,11 @@ from torch import Tensor
 
 from outdraft.cache.attend import ReadOnlyAttend
 from outdraft.cache.memory import Memory, Span
+from outdraft.cache.numbers import Numbers
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import AttentionRows
 from outdraft.ops.cpu import CpuOps
-from outdraft.ops.record import Recordable, Replayable, fill_rows, recording
+from outdraft.ops.record import Recordable, Replayable, recording
 from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
@@ -25,13 +26,21 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class _Call:
+    """What changes from round to round; all tensors are views of `numbers`."""
+
+    numbers: Tensor
+    token_B: Tensor
+    position_B: Tensor
+    attend: ReadOnlyAttend
+
+
+@dataclass(frozen=True, slots=True)
 class _Recording:
     """One recorded draft step for a number of sequences."""
 
-    token_B: Tensor
+    call: _Call
     hidden_BH: Tensor
-    position_B: Tensor
-    attend: ReadOnlyAttend
     program: Replayable
     logits_BV: Tensor
     best_B: Tensor
@@ -49,6 +58,10 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
+        # The centroid head scatters its scores, which is not recorded.
+        self.recorder: CpuOps | None = None
+        if isinstance(model.ops, CpuOps) and model.ordering_CN is None:
+            self.recorder = model.ops
         self.recordings: dict[int, _Recording] = {}
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
@@ -63,27 +76,24 @@ class Gemma4AssistantDrafter:
 
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`."""
+        call = self._prepare(view.memory, view.sequences)
         hidden_BH = torch.stack([_hidden(s) for s in view.sequences])
-        position_B = torch.tensor([s.n - 1 for s in view.sequences], dtype=torch.int32)
-        attend = self._attend(view.memory, view.sequences)
-        if isinstance(self.model.ops, Recordable) and self.model.ordering_CN is None:
-            step = self._recorded_step(view, hidden_BH, position_B, attend)
+        if self.recorder is not None:
+            step = self._recorded_step(self.recorder, view, call, hidden_BH)
         else:
-            step = self._plain_step(view, hidden_BH, position_B, attend)
+            step = self._plain_step(view, call, hidden_BH)
         return draft_chain(view.sequences, k, step, sample_drafts=self.sample_drafts)
 
-    def _plain_step(
-        self, view: TargetView, hidden_BH: Tensor, position_B: Tensor, attend: ReadOnlyAttend
-    ) -> Step:
-        ops, n = self.model.ops, position_B.shape[0]
+    def _plain_step(self, view: TargetView, call: "_Call", hidden_BH: Tensor) -> Step:
+        ops, n = self.model.ops, len(view.sequences)
         # T: one row a sequence, padded once here so that no operation has to.
-        position_T = pad_rows(position_B, ops.row_multiple)
+        position_T = pad_rows(call.position_B, ops.row_multiple)
         carried_TH = pad_rows(hidden_BH, ops.row_multiple)
 
         def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal carried_TH
             embedded_TH = view.embed(pad_rows(newest_B, ops.row_multiple))
-            normed_Th = self.model.step(embedded_TH, carried_TH, position_T, attend)
+            normed_Th = self.model.step(embedded_TH, carried_TH, position_T, call.attend)
             carried_TH = self.model.carry(normed_Th)
             logits_BV = self.model.logits(normed_Th)[:n]
             return logits_BV, ops.argmax(logits_BV)
@@ -91,59 +101,60 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recorded_step(
-        self, view: TargetView, hidden_BH: Tensor, position_B: Tensor, attend: ReadOnlyAttend
+        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor
     ) -> Step:
-        n = position_B.shape[0]
+        n = len(view.sequences)
         if n not in self.recordings:
-            self.recordings[n] = self._record(view, hidden_BH, position_B, attend)
+            self.recordings[n] = self._record(ops, view, call, hidden_BH.clone())
         own = self.recordings[n]
+        own.call.numbers.copy_(call.numbers)
         own.hidden_BH.copy_(hidden_BH)
-        own.position_B.copy_(position_B)
-        for static, new in zip(own.attend.rows, attend.rows, strict=True):
-            fill_rows(static, new)
 
         def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
-            own.token_B.copy_(newest_B)
+            own.call.token_B.copy_(newest_B)
             own.program.replay()
             return own.logits_BV, own.best_B
 
         return step
 
     def _record(
-        self, view: TargetView, hidden_BH: Tensor, position_B: Tensor, attend: ReadOnlyAttend
+        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor
     ) -> "_Recording":
         """One step for this number of sequences; it leaves the carried state in `hidden_BH`."""
-        ops = self.model.ops
-        assert isinstance(ops, CpuOps) and isinstance(view.ops, Recordable)
-        token_B = torch.zeros(position_B.shape, dtype=torch.int32)
-        hidden_BH, position_B = hidden_BH.clone(), position_B.clone()
-        wide: dict[int, AttentionRows] = {}
-        kinds = self.model.config.text.layer_types
-        for kind, rows in zip(kinds, attend.rows, strict=True):
-            wide.setdefault(id(rows), view.memory.widest(kind, rows))
-        static = ReadOnlyAttend(ops, attend.stores, [wide[id(rows)] for rows in attend.rows])
+        assert isinstance(view.ops, Recordable)
         with recording(ops, view.ops) as program:
-            normed_Bh = self.model.step(view.embed(token_B), hidden_BH, position_B, static)
+            embedded_BH = view.embed(call.token_B)
+            normed_Bh = self.model.step(embedded_BH, hidden_BH, call.position_B, call.attend)
             logits_BV = self.model.logits(normed_Bh)
             best_B = ops.argmax(logits_BV)
             ops.copy_rows(self.model.carry(normed_Bh), hidden_BH)
-        return _Recording(token_B, hidden_BH, position_B, static, program, logits_BV, best_B)
+        return _Recording(call, hidden_BH, program, logits_BV, best_B)
 
-    def _attend(self, memory: Memory, sequences: Sequence[SequenceView]) -> ReadOnlyAttend:
+    def _prepare(self, memory: Memory, sequences: Sequence[SequenceView]) -> "_Call":
         """One query a sequence, over the keys that the target has verified."""
         kinds = self.model.config.text.layer_types
-        rows = {kind: visible_rows(memory, kind, sequences) for kind in dict.fromkeys(kinds)}
+        own_kinds = list(dict.fromkeys(kinds))
+        numbers = Numbers()
+        numbers.add([sequence.tokens[-1] for sequence in sequences])
+        numbers.add([sequence.n - 1 for sequence in sequences])
+        for kind in own_kinds:
+            add_visible_rows(numbers, memory, kind, sequences)
+        flat, (token_B, position_B, *parts) = numbers.build()
+        rows = {k: AttentionRows.of(parts[5 * i : 5 * i + 5]) for i, k in enumerate(own_kinds)}
         stores = [memory.groups[kind].layers[self.kv_layers[kind]] for kind in kinds]
-        return ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])
+        attend = ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])
+        return _Call(flat, token_B, position_B, attend)
 
 
-def visible_rows(memory: Memory, group: str, sequences: Sequence[SequenceView]) -> AttentionRows:
+def add_visible_rows(
+    numbers: Numbers, memory: Memory, group: str, sequences: Sequence[SequenceView]
+) -> None:
     """Keys 0 .. n - 2 of each sequence; in a sliding group the last `window` of them."""
     window = memory.groups[group].window
     spans = [Span(sequence.id, b, 1) for b, sequence in enumerate(sequences)]
     hi = [sequence.n - 2 for sequence in sequences]
     lo = [0 if window is None else max(0, newest - window + 1) for newest in hi]
-    return memory.rows(group, spans, lo, hi)
+    memory.add_rows(numbers, group, spans, lo, hi)
 
 
 def _hidden(sequence: SequenceView) -> Tensor:
