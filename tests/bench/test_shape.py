@@ -31,9 +31,7 @@ def tiny_shape(name: str, *, ordered: bool = False) -> Shape:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("size", [(1, 600, 70), (1, 40, 64), (3, 48, 96)])
-def test_bytes_are_known_before_a_weight_exists(
-    format: Format, size: tuple[int, int, int]
-) -> None:
+def test_bytes_are_known_before_a_weight_exists(format: Format, size: tuple[int, int, int]) -> None:
     assert synthetic_weight(format, *size).n_bytes == packed_bytes(format, *size)
 
 

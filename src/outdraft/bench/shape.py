@@ -9,7 +9,7 @@ than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
 from outdraft.bench.shapes import Shape
+from outdraft.bench.stopwatch import Stopwatch, clock
 from outdraft.bench.synthetic import (
     CountingOps,
     SyntheticOps,
@@ -48,13 +49,6 @@ FILL_ROWS = 4 * PAGE_SLOTS
 READ_BYTES = 1 << 30
 SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
 SEQUENCE = "synthetic"
-PARTS = {
-    "linear": "linear",
-    "experts": "linear",
-    "attention": "attention",
-    "norm_rope": "attention",
-    "write_heads": "attention",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +86,7 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Sequence[float])
     plain = rig.decode(settings.n_tokens)
     rows, read_gb_s = rig.time_rows(settings.rounds)
     draft_s = rig.time_draft_step(settings.draft_steps, settings.rounds)
-    pass_s = {row["rows"]: row["us"] / 1e6 for row in rows}
+    pass_s = {int(row["rows"]): row["us"] / 1e6 for row in rows}
     drafting = forecast(acceptance, plain.seconds, pass_s, draft_s)
     best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
     bytes_per_token = rows[0]["bytes"]
@@ -233,15 +227,15 @@ class Rig:
             one row, `bytes` touched; and the bandwidth in 1e9 bytes a second.
         """
         rng = random.Random(0)
-        vocab = self.model.config.vocab_size
-        rows = {n: rng.sample(range(vocab), n) for n in range(1, MAX_ROWS + 1)}
+        chosen = rng.sample(range(self.model.config.vocab_size), MAX_ROWS)
+        rows = {n: chosen[:n] for n in range(1, MAX_ROWS + 1)}
         n_bytes = {n: self._record(tokens) for n, tokens in rows.items()}
         parts = self._large_parts()
         spent: dict[int, list[float]] = {n: [] for n in rows}
         reads = [read_seconds(parts)]
         for _ in range(rounds):
             for n, tokens in rows.items():
-                spent[n].append(clock(lambda tokens=tokens: self.run(tokens)))
+                spent[n].append(clock(self.run, tokens))
             reads.append(read_seconds(parts))
         one = median(spent[1])
         table = [
@@ -265,7 +259,7 @@ class Rig:
         sequence = SequenceView(SEQUENCE, [2] * (length + 1), SamplingParams(), 0, hidden_H)
         view = TargetView([sequence], self.memory, self.model.embed, self.ops)
         self.drafter.propose(view, k)
-        return median(clock(lambda: self.drafter.propose(view, k)) for _ in range(rounds)) / k
+        return median(clock(self.drafter.propose, view, k) for _ in range(rounds)) / k
 
     @torch.inference_mode()
     def time_parts(self, rounds: int) -> dict[str, float]:
@@ -280,9 +274,12 @@ class Rig:
                 hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             finally:
                 self.model.ops = self.ops
-            head = clock(lambda h=hidden_TH: self.ops.argmax(self.model.logits(h)))
-            found.append(watch.by_part() | {"head": head})
+            head = clock(self._score, hidden_TH)
+            found.append({**watch.by_part(), "head": head})
         return {part: median(one[part] for one in found[1:]) * 1e6 for part in found[0]}
+
+    def _score(self, hidden_TH: Tensor) -> Tensor:
+        return self.ops.argmax(self.model.logits(hidden_TH))
 
     def _record(self, tokens: list[int]) -> int:
         """Run a number of rows for the first time; bytes of weights and keys that it touches."""
@@ -301,43 +298,6 @@ class Rig:
             if sum(part.numel() for part in parts) < READ_BYTES:
                 parts.append(weight.data[:READ_BYTES])
         return parts
-
-
-class Stopwatch:
-    """Operations that add up the time of their calls by name."""
-
-    def __init__(self, ops: SyntheticOps) -> None:
-        """Over these operations."""
-        self.inner = ops
-        self.seconds: dict[str, float] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """An operation, timed."""
-        call = getattr(self.inner, name)
-        if not callable(call):
-            return call
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*arguments, **options)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            return result
-
-        return timed
-
-    def by_part(self) -> dict[str, float]:
-        """Seconds of linear, attention, and all others."""
-        total = {"linear": 0.0, "attention": 0.0, "norms and the rest": 0.0}
-        for name, seconds in self.seconds.items():
-            total[PARTS.get(name, "norms and the rest")] += seconds
-        return total
-
-
-def clock(run: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def as_target(config: Gemma4Config, model: Gemma4, ops: SyntheticOps, n_positions: int) -> Target:
@@ -388,7 +348,9 @@ def weights_touched(model: Gemma4, n_rows: int, experts_hit: Sequence[int]) -> i
     """Packed bytes that a pass reads: matrices and the head once, of experts those that are hit."""
     total = model.head.n_bytes + n_rows * model.embedding.n_bytes // model.embedding.n
     if model.config.ple_size:
-        total += model.ple_projection.n_bytes + n_rows * model.ple_table.n_bytes // model.ple_table.n
+        total += (
+            model.ple_projection.n_bytes + n_rows * model.ple_table.n_bytes // model.ple_table.n
+        )
     for index, layer in enumerate(model.layers):
         for weight in layer.matrices.values():
             hit = experts_hit[index] if weight.n_blocks > 1 else 1

@@ -51,6 +51,7 @@ def bench(
     """Measure plain decoding against drafting, by kind of prompt.
 
     Greedy and sampled, interleaved on one engine, on held-out code, JSON, prose and repetition.
+    Two words are no model: `bench kernels` times single kernels, `bench shape` a published shape.
     """
     config = EngineConfig(
         assistant=assistant,

@@ -20,6 +20,9 @@ VERBS = {
     "generate": "Continue a text, streaming, with accepted drafts in colour.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure plain decoding against drafting, by kind of prompt.",
+    "bench kernels": "Time each kernel with cold weights, by number of rows.",
+    "bench shape": "Measure what a model of a published shape costs here, with made-up weights.",
+    "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "train": "Train a target and its drafter from text.",
 }
@@ -28,7 +31,8 @@ UNFORESEEN, WRONG_USE = 1, 2
 
 def load_verb(name: str) -> Any:
     """The command of a verb, from the `app` in the file of its name."""
-    return typer.main.get_command(import_module(f"outdraft.cli.{name}").app)
+    module = import_module(f"outdraft.cli.{name.replace(' ', '_')}")
+    return typer.main.get_command(module.app)
 
 
 class VerbGroup(TyperGroup):
@@ -40,7 +44,9 @@ class VerbGroup(TyperGroup):
             self.add_command(TyperCommand(name=name, help=summary), name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """See TyperGroup: the verb itself in place of its entry in the list."""
+        """See TyperGroup: the verb itself, of one word or two, in place of its entry."""
+        if " ".join(args[:2]) in VERBS:
+            args = [" ".join(args[:2]), *args[2:]]
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_verb(str(name)), rest
 

@@ -1,0 +1,213 @@
+"""How fast single kernels are: linear of every format, attention and norms, by number of rows.
+
+Weights are cold, as in a model: calls go in turn through copies of a weight that together are
+several times the last-level cache. Ways of computing take turns, with a pure read of cold memory in
+every round, so that a drift of the machine's speed falls on all alike. Not here: other engines'
+kernels (peers/torch_kernels.py), whole models (shape.py).
+
+Shapes: T rows, N outputs, K inputs.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.bench.hardware import cold_bytes, random_memory, read_seconds
+from outdraft.bench.synthetic import synthetic_weight
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.packed import Format, PackedLinear
+from outdraft.ops.record import recording
+
+FORMATS: tuple[Format, ...] = ("w4", "w8", "bf16")
+SIZES = ((2048, 2048), (6144, 1536), (10240, 2560), (2048, 512))
+"""(N, K): Gemma 4 E2B and E4B, their attention, and the built-in model's."""
+ROWS = (1, 2, 3, 4, 5, 8, 16, 128, 512)
+FEW_ROWS = 8
+"""Up to here a call is limited by reading, and all copies are gone through."""
+MANY_ROWS_A_ROUND = 512
+OURS = "outdraft"
+
+Run = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way of computing one thing: `run` does it `n_calls` times, each with other weights."""
+
+    backend: str
+    kernel: str
+    rows: int
+    n: int
+    k: int
+    n_bytes: int
+    n_calls: int
+    run: Run = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one call of a case, in every round."""
+
+    case: Case
+    seconds: list[float]
+
+
+class Backend:
+    """Linear of an engine: how it stores a weight, and calls of it.
+
+    `kernel` names the format; `row_invariant` is what a check in this run has found.
+    """
+
+    name: str
+    kernel: str
+
+    def prepare(self, n: int, k: int) -> None:
+        """Make enough copies of a weight [N, K] to be cold."""
+        raise NotImplementedError
+
+    def case(self, rows: int) -> Case:
+        """Calls with so many rows on the weights that were prepared."""
+        raise NotImplementedError
+
+    def linear(self, x_TK: Tensor) -> Tensor:
+        """One call, with the first weight."""
+        raise NotImplementedError
+
+
+class OwnLinear(Backend):
+    """The compiled kernels, recorded as in a step of a model."""
+
+    name = OURS
+
+    def __init__(self, format: Format) -> None:
+        """For weights of this format."""
+        self.kernel = f"linear {format}"
+        self.format = format
+        self.ops = CpuOps(format=format)
+        self.weights: list[PackedLinear] = []
+
+    def prepare(self, n: int, k: int) -> None:
+        """See `Backend`."""
+        first = synthetic_weight(self.format, 1, n, k)
+        self.weights = [first] + [
+            synthetic_weight(self.format, 1, n, k) for _ in range(1, n_copies(first.n_bytes))
+        ]
+
+    def case(self, rows: int) -> Case:
+        """See `Backend`."""
+        first = self.weights[0]
+        x_TK = torch.randn(rows, first.k)
+        used = self.weights[: n_calls(len(self.weights), rows)]
+        with recording(self.ops) as program:
+            for weight in used:
+                self.ops.linear(x_TK, weight)
+        return Case(
+            OURS, self.kernel, rows, first.n, first.k, first.n_bytes, len(used), program.replay
+        )
+
+    def linear(self, x_TK: Tensor) -> Tensor:
+        """See `Backend`."""
+        return self.ops.linear(x_TK, self.weights[0])
+
+
+def n_copies(n_bytes: int) -> int:
+    """Copies of a weight that together are never found in a cache."""
+    return -(-cold_bytes() // n_bytes)
+
+
+def n_calls(copies: int, rows: int) -> int:
+    """Calls in a round: all copies where reading is the limit, fewer where computing is."""
+    return copies if rows <= FEW_ROWS else max(1, min(copies, MANY_ROWS_A_ROUND // rows))
+
+
+def measure_kernels(
+    backends: Sequence[Backend],
+    sizes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    rounds: int,
+    more: Sequence[Case] = (),
+) -> dict[str, Any]:
+    """Time linear of all backends over all sizes, and say who is row-invariant.
+
+    Args:
+        more: cases of other operations, timed after that.
+
+    Returns:
+        `read_gb_s`; `rows`, one entry a backend, kernel, size and number of rows, see `_entry`;
+        `others`, the same of `more`;
+        `row_invariant`: backend and kernel -> whether a row's bits depend on no other row.
+    """
+    cold = random_memory(cold_bytes())
+    timings: list[Timing] = []
+    reads: list[float] = []
+    invariant: dict[str, bool] = {}
+    for n, k in sizes:
+        for backend in backends:
+            backend.prepare(n, k)
+            label = f"{backend.name} {backend.kernel}"
+            invariant[label] = invariant.get(label, True) and rows_agree(backend.linear, k)
+        cases = [backend.case(count) for count in rows for backend in backends]
+        timings += time_in_turn(cases, rounds, lambda: reads.append(read_seconds([cold])))
+    others = time_in_turn(more, rounds, lambda: reads.append(read_seconds([cold])))
+    read_gb_s = cold.numel() / median(reads) / 1e9
+    return {
+        "read_gb_s": read_gb_s,
+        "rows": [_entry(timing, timings, read_gb_s) for timing in timings],
+        "others": [_entry(timing, others, read_gb_s) for timing in others],
+        "row_invariant": invariant,
+    }
+
+
+def time_in_turn(cases: Sequence[Case], rounds: int, between: Run) -> list[Timing]:
+    """All cases in each round, every other round backwards; the first round is not counted."""
+    timings = [Timing(case, []) for case in cases]
+    for index in range(rounds + 1):
+        between()
+        for timing in reversed(timings) if index % 2 else timings:
+            start = time.perf_counter()
+            timing.case.run()
+            spent = time.perf_counter() - start
+            if index > 0:
+                timing.seconds.append(spent / timing.case.n_calls)
+    return timings
+
+
+@torch.inference_mode()
+def rows_agree(linear: Callable[[Tensor], Tensor], k: int, most: int = 9) -> bool:
+    """Whether rows get the bits that they get alone, in calls of 1 to `most` rows."""
+    x_TK = torch.randn(most, k)
+    alone = [linear(x_TK[i : i + 1]) for i in range(most)]
+    return all(
+        torch.equal(linear(x_TK[:rows])[i : i + 1], alone[i])
+        for rows in range(1, most + 1)
+        for i in range(rows)
+    )
+
+
+def _entry(timing: Timing, timings: Sequence[Timing], read_gb_s: float) -> dict[str, Any]:
+    """Figures of a case: time, bandwidth, its share of a pure read's, cost in calls of one row."""
+    case, seconds = timing.case, median(timing.seconds)
+    one = next((t for t in timings if _same_but_rows(t.case, case) and t.case.rows == 1), None)
+    gb_s = case.n_bytes / seconds / 1e9
+    return {
+        "backend": case.backend,
+        "kernel": case.kernel,
+        "rows": case.rows,
+        "n": case.n,
+        "k": case.k,
+        "us": seconds * 1e6,
+        "min_us": min(timing.seconds) * 1e6,
+        "max_us": max(timing.seconds) * 1e6,
+        "gb_s": gb_s,
+        "share_of_read": gb_s / read_gb_s,
+        "cost": None if one is None else seconds / median(one.seconds),
+    }
+
+
+def _same_but_rows(a: Case, b: Case) -> bool:
+    return (a.backend, a.kernel, a.n, a.k) == (b.backend, b.kernel, b.n, b.k)

@@ -1,0 +1,55 @@
+"""Where the time of a pass goes: operations that are timed call by call, and a clock.
+
+Not here: what is measured (shape.py).
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from outdraft.ops.base import Ops
+
+PARTS = {
+    "linear": "linear",
+    "experts": "linear",
+    "attention": "attention",
+    "norm_rope": "attention",
+    "write_heads": "attention",
+}
+
+
+class Stopwatch:
+    """Operations that add up the time of their calls by name."""
+
+    def __init__(self, ops: Ops) -> None:
+        """Over these operations."""
+        self.ops = ops
+        self.seconds: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """An operation, timed."""
+        call = getattr(self.ops, name)
+        if not callable(call):
+            return call
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*arguments, **options)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+    def by_part(self) -> dict[str, float]:
+        """Seconds of linear, attention, and all others."""
+        total = {"linear": 0.0, "attention": 0.0, "norms and the rest": 0.0}
+        for name, seconds in self.seconds.items():
+            total[PARTS.get(name, "norms and the rest")] += seconds
+        return total
+
+
+def clock(call: Callable[..., object], *arguments: object) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start

@@ -1,0 +1,158 @@
+"""`outdraft bench shape`: what a published shape costs here. The measuring is bench/shape.py's."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from outdraft.cli import options
+from outdraft.cli.bench import new_table
+from outdraft.cli.console import remark, results
+from outdraft.config import Quant
+from outdraft.errors import OutdraftError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def bench_shape(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="SHAPE",
+            help="gemma-4-e2b, gemma-4-e4b, gemma-4-12b, gemma-4-26b-a4b or gemma-4-31b.",
+            show_default=False,
+        ),
+    ],
+    quant: Annotated[Quant, typer.Option(help="Weights: w4, w8 or bf16; auto is w4.")] = "auto",
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A1,A2,…",
+            help="Forecast drafting: share accepted at each position, given all before it.",
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens already in the context.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded plainly.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every pass is measured.")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write a report here, and a chart beside it.")
+    ] = None,
+    threads: options.Threads = None,
+) -> None:
+    """Measure what a model of a published shape costs here, with made-up weights.
+
+    The weights are random and at true size in memory; what is accepted is put in, not measured.
+    """
+    acceptance = read_acceptance(accept)
+    from outdraft.bench.hardware import set_threads
+    from outdraft.bench.machine import describe_machine, describe_version
+    from outdraft.bench.shape import Settings, measure_shape
+    from outdraft.bench.shapes import find_shape
+
+    set_threads(threads)
+    settings = Settings(
+        quant="w4" if quant == "auto" else quant, context=context, n_tokens=tokens, rounds=rounds
+    )
+    report = measure_shape(find_shape(name), settings, acceptance)
+    report |= {"machine": describe_machine(), **describe_version()}
+    show(report)
+    if json_file is not None:
+        save(report, json_file)
+
+
+def read_acceptance(text: str | None) -> list[float]:
+    """The numbers of `--accept`.
+
+    Raises:
+        OutdraftError: it is not a list of shares, or a longer one than can be measured.
+    """
+    if text is None:
+        return []
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 7 or not all(0 <= share <= 1 for share in shares):
+        raise OutdraftError(
+            f"--accept {text} is not a list of acceptances", "give 1 to 7 shares, as .8,.7,.6"
+        )
+    return shares
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report on stdout."""
+    console = results()
+    machine = report["machine"]
+    console.print(f"\n{report['shape']} at {report['quant']}, context {report['context']}")
+    console.print(f"{machine['cpu']}, threads: {machine['threads']}")
+    console.print(f"SYNTHETIC: {report['synthetic']}.\n")
+    console.print(
+        f"Plain decoding: {report['plain_tok_s']:.2f} tokens/s, "
+        f"{report['bytes_per_token'] / 1e9:.2f} GB a token, "
+        f"{100 * report['share_of_bandwidth']:.0f} % of the {report['read_gb_s']:.1f} GB/s "
+        f"of a pure read; Python takes {100 * report['python_share']:.1f} %."
+    )
+    console.print(
+        f"Memory: {report['peak_bytes'] / 1e9:.2f} GB at most, of which weights "
+        f"{report['packed_bytes'] / 1e9:.2f}, keys and values {report['kv_bytes'] / 1e9:.2f}, "
+        f"and {report['base_bytes'] / 1e9:.2f} before the model."
+    )
+    console.print(cost_table(report))
+    console.print(
+        f"\nA draft step takes {report['draft_step_us'] / 1e3:.2f} ms, "
+        f"{report['draft_step_cost']:.3f} of a plain one."
+    )
+    parts = ", ".join(f"{part} {us / 1e3:.2f}" for part, us in report["time_by_part_us"].items())
+    console.print(f"Milliseconds of a pass of one row, call by call: {parts}.")
+    if report["drafting"]:
+        console.print(draft_table(report))
+
+
+def cost_table(report: dict[str, Any]) -> Any:
+    """A rich table of passes by number of rows."""
+    made = new_table(
+        "passes by number of rows (drawn at random: experts are hit more widely than by text)",
+        ["ms", "min–max", "cost", "GB touched"],
+    )
+    for row in report["cost_by_rows"]:
+        made.add_row(
+            str(row["rows"]),
+            f"{row['us'] / 1e3:.2f}",
+            f"{row['min_us'] / 1e3:.2f}–{row['max_us'] / 1e3:.2f}",
+            f"{row['cost']:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+        )
+    return made
+
+
+def draft_table(report: dict[str, Any]) -> Any:
+    """A rich table of what drafting would give."""
+    given = ", ".join(f"{share:g}" for share in report["acceptance"])
+    made = new_table(
+        f"drafting forecast from these costs and an acceptance of {given} (synthetic)",
+        ["tok/pass", "tok/s", "speed-up"],
+    )
+    for entry in report["drafting"]:
+        made.add_row(
+            f"{entry['k']} draft{'s' if entry['k'] > 1 else ''}",
+            f"{entry['tokens_per_pass']:.2f}",
+            f"{entry['tok_s']:.2f}",
+            f"{entry['speedup']:.2f}{'  best' if entry['k'] == report['best_k'] else ''}",
+        )
+    return made
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """The JSON and, beside it under the same name, the chart.
+
+    Raises:
+        OutdraftError: one of them cannot be written.
+    """
+    from outdraft.bench.cost_chart import draw_shape
+    from outdraft.bench.report import write_bytes, write_json
+
+    picture = path.with_suffix(".png")
+    write_json(path, report)
+    write_bytes(picture, draw_shape(report))
+    remark(f"written: {path} and {picture}")
