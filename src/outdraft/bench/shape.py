@@ -7,9 +7,9 @@ than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape
 """
 
 import random
-import time
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -30,18 +30,23 @@ from outdraft.bench.synthetic import (
     synthetic_assistant,
     synthetic_target,
 )
+from outdraft.bench.touched import keys_touched, weights_touched
 from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.engine.graphs import Pass
+from outdraft.engine.plan import StepPlan, Work
+from outdraft.engine.runner import Runner
+from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
 from outdraft.models.gemma4 import Gemma4, memory_layers
 from outdraft.models.gemma4_config import Gemma4Config
 from outdraft.models.registry import GEMMA4, Target
 from outdraft.ops.base import PAGE_SLOTS
 from outdraft.ops.packed import Format
-from outdraft.request import SamplingParams
+from outdraft.request import Request, SamplingParams
 from outdraft.speculate.drafter import SequenceView, TargetView
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
+from outdraft.text.stream import IncrementalDetokenizer, StopStrings
 from outdraft.weights.load import LoadReport
 
 MAX_ROWS = 8
@@ -49,6 +54,7 @@ FILL_ROWS = 4 * PAGE_SLOTS
 READ_BYTES = 1 << 30
 SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
 SEQUENCE = "synthetic"
+FIRST_TOKEN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class Settings:
         return self.context + self.n_tokens + FILL_ROWS
 
 
-def measure_shape(shape: Shape, settings: Settings, acceptance: Sequence[float]) -> dict[str, Any]:
+def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> dict[str, Any]:
     """Build a model of this shape, measure it, and give the report as it goes into the JSON.
 
     Args:
@@ -117,12 +123,12 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Sequence[float])
 
 
 def forecast(
-    acceptance: Sequence[float], plain_s: float, pass_s: dict[int, float], draft_s: float
+    acceptance: Seq[float], plain_s: float, pass_s: dict[int, float], draft_s: float
 ) -> list[dict[str, float]]:
     """Speed at every draft length, from measured costs and a given conditional acceptance.
 
-    A step of k drafts takes k draft steps and a pass of k + 1 rows, and gives one token and those
-    drafts that are accepted with all before them: 1 + a1 + a1 a2 + ...
+    A step of k drafts takes k draft steps, a pass of k + 1 rows and what the engine does beside
+    it, and gives one token and the drafts accepted with all before them: 1 + a1 + a1 a2 + ...
 
     Args:
         plain_s: a step of plain decoding.
@@ -130,10 +136,11 @@ def forecast(
         draft_s: a draft step.
     """
     found = []
+    rest_s = max(0.0, plain_s - pass_s[1])
     for k, standing in enumerate(accumulate(accumulate(acceptance, mul)), start=1):
         if k + 1 not in pass_s:
             break
-        tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s
+        tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s + rest_s
         found.append(
             {
                 "k": k,
@@ -147,7 +154,7 @@ def forecast(
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Plain decoding: median time of a step, and the share of it outside the kernels."""
+    """Plain decoding: median time of an engine's step, and the share of it outside the kernels."""
 
     seconds: float
     python_share: float
@@ -160,7 +167,7 @@ class Rig:
     model: Gemma4
     ops: SyntheticOps
     memory: Memory
-    target_pass: TargetPass
+    runner: Runner
     drafter: Gemma4AssistantDrafter
     packed_bytes: int
 
@@ -186,13 +193,14 @@ class Rig:
         assistant = synthetic_assistant(shape.assistant, draft_ops, n_positions)
         kinds = dict.fromkeys(shape.assistant.text.layer_types)
         kv_layers: dict[str, int] = {kind: config.last_owner(kind) for kind in kinds}
+        drafter = Gemma4AssistantDrafter(assistant, kv_layers)
         fill_context(memory, settings.context)
         return cls(
             model,
             ops,
             memory,
-            TargetPass(as_target(shape.target, model, ops, n_positions), memory),
-            Gemma4AssistantDrafter(assistant, kv_layers),
+            Runner(as_target(shape.target, model, ops, n_positions), drafter, memory),
+            drafter,
             sum(weight.n_bytes for weight in [*ops.weights, *draft_ops.weights]),
         )
 
@@ -200,23 +208,35 @@ class Rig:
         """A pass of these rows behind the context; they are not kept."""
         self.memory.reserve(SEQUENCE, len(tokens))
         n = len(tokens)
-        return self.target_pass.run(tokens, [Span(SEQUENCE, 0, n)], list(range(n)))
+        return self.runner.target_pass.run(tokens, [Span(SEQUENCE, 0, n)], list(range(n)))
 
-    @torch.inference_mode()
     def decode(self, n_tokens: int) -> Decoding:
-        """Greedy decoding; the first step, which records, is not counted."""
-        token = int(self.run([2]).best_R[0])
+        """Greedy decoding by the engine; the first step, which records, is not counted."""
+        sequence = self.new_sequence()
+        plan = StepPlan([Work(SEQUENCE, 1, 0)])
+        self.runner.execute(plan, {SEQUENCE: sequence})
         (program,) = self.ops.programs
         seconds, shares = [], []
         for _ in range(n_tokens):
             in_kernels = program.seconds
-            start = time.perf_counter()
-            token = int(self.run([token]).best_R[0])
-            self.memory.advance(SEQUENCE, 1)
-            self.memory.trim(SEQUENCE)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock(self.runner.execute, plan, {SEQUENCE: sequence}))
             shares.append(1 - (program.seconds - in_kernels) / seconds[-1])
         return Decoding(median(seconds), median(shares))
+
+    def new_sequence(self) -> Sequence:
+        """The sequence behind the context, as the engine sees it: greedy, never ending."""
+        n_computed = self.memory.lengths[SEQUENCE]
+        tokens = [FIRST_TOKEN] * (n_computed + 1)
+        return Sequence(
+            request=Request(SEQUENCE, tuple(tokens)),
+            seed=0,
+            limit=sys.maxsize,
+            end_ids=frozenset(),
+            detokenizer=NoText(),
+            stop_strings=StopStrings(()),
+            tokens=tokens,
+            n_computed=n_computed,
+        )
 
     @torch.inference_mode()
     def time_rows(self, rounds: int) -> tuple[list[dict[str, float]], float]:
@@ -255,8 +275,10 @@ class Rig:
     def time_draft_step(self, k: int, rounds: int) -> float:
         """Seconds of one draft step, of rounds of k."""
         length = self.memory.lengths[SEQUENCE]
-        hidden_H = self.run([2]).hidden_TH[0].clone()
-        sequence = SequenceView(SEQUENCE, [2] * (length + 1), SamplingParams(), 0, hidden_H)
+        hidden_H = self.run([FIRST_TOKEN]).hidden_TH[0].clone()
+        sequence = SequenceView(
+            SEQUENCE, [FIRST_TOKEN] * (length + 1), SamplingParams(), 0, hidden_H
+        )
         view = TargetView([sequence], self.memory, self.model.embed, self.ops)
         self.drafter.propose(view, k)
         return median(clock(self.drafter.propose, view, k) for _ in range(rounds)) / k
@@ -268,7 +290,7 @@ class Rig:
         found: list[dict[str, float]] = []
         for _ in range(rounds + 1):
             watch: Any = Stopwatch(self.ops)
-            call = CausalCall.prepare(self.memory, watch, [Span(SEQUENCE, 0, 1)], [2])
+            call = CausalCall.prepare(self.memory, watch, [Span(SEQUENCE, 0, 1)], [FIRST_TOKEN])
             self.model.ops = watch
             try:
                 hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
@@ -289,7 +311,7 @@ class Rig:
             recorded = 0
         per_layer = self.ops.routed[recorded : recorded + self.model.config.n_layers]
         hits = [len(set(ids_TA.flatten().tolist())) for ids_TA in per_layer]
-        return weights_touched(self.model, len(tokens), hits) + keys_touched(self.memory)
+        return weights_touched(self.model, len(tokens), hits) + keys_touched(self.memory, SEQUENCE)
 
     def _large_parts(self) -> list[Tensor]:
         """The largest weights, about a gigabyte: more than any cache where the model is."""
@@ -298,6 +320,21 @@ class Rig:
             if sum(part.numel() for part in parts) < READ_BYTES:
                 parts.append(weight.data[:READ_BYTES])
         return parts
+
+
+class NoText(IncrementalDetokenizer):
+    """Made-up tokens have no text."""
+
+    def __init__(self) -> None:
+        """Without a tokenizer."""
+
+    def push(self, token_id: int) -> str:
+        """Nothing."""
+        return ""
+
+    def flush(self) -> str:
+        """Nothing."""
+        return ""
 
 
 def as_target(config: Gemma4Config, model: Gemma4, ops: SyntheticOps, n_positions: int) -> Target:
@@ -342,26 +379,3 @@ def fill_context(memory: Memory, n_tokens: int) -> None:
             pattern = torch.randn(PAGE_SLOTS * store.k_PGSD.shape[3]).to(store.k_PGSD.dtype)
             repeat_into(store.k_PGSD.view(-1), pattern)
             repeat_into(store.v_PGSD.view(-1), pattern)
-
-
-def weights_touched(model: Gemma4, n_rows: int, experts_hit: Sequence[int]) -> int:
-    """Packed bytes that a pass reads: matrices and the head once, of experts those that are hit."""
-    total = model.head.n_bytes + n_rows * model.embedding.n_bytes // model.embedding.n
-    if model.config.ple_size:
-        total += (
-            model.ple_projection.n_bytes + n_rows * model.ple_table.n_bytes // model.ple_table.n
-        )
-    for index, layer in enumerate(model.layers):
-        for weight in layer.matrices.values():
-            hit = experts_hit[index] if weight.n_blocks > 1 else 1
-            total += weight.n_bytes * hit // weight.n_blocks
-    return int(total)
-
-
-def keys_touched(memory: Memory) -> int:
-    """Bytes of keys and values that the next row sees, each layer's once."""
-    length = memory.lengths[SEQUENCE]
-    return sum(
-        memory.bytes_per_token(name) * min(length, group.window or length)
-        for name, group in memory.groups.items()
-    )
