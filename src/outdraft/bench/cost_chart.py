@@ -48,6 +48,7 @@ def draw_shape(report: dict[str, Any]) -> bytes:
     bars = speed.bar(range(len(rates)), rates, color="#2f7d4f")
     ratios = [f"{rate / rates[0]:.2f}×" for rate in rates]
     speed.bar_label(bars, labels=ratios, fontsize=9, padding=2)
+    speed.margins(y=0.12)
     speed.set_xticks(range(len(rates)))
     speed.set_xlabel("drafts a step; acceptance put in, not measured")
     speed.set_ylabel("tokens per second")

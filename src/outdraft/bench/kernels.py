@@ -24,8 +24,8 @@ from outdraft.ops.packed import Format, PackedLinear
 from outdraft.ops.record import recording
 
 FORMATS: tuple[Format, ...] = ("w4", "w8", "bf16")
-SIZES = ((2048, 2048), (6144, 1536), (10240, 2560), (2048, 512))
-"""(N, K): Gemma 4 E2B and E4B, their attention, and the built-in model's."""
+SIZES = ((2048, 2048), (6144, 1536), (10240, 2560), (3072, 512))
+"""(N, K): a square, the MLPs of Gemma 4 E2B and E4B, and the built-in model's gate and up."""
 ROWS = (1, 2, 3, 4, 5, 8, 16, 128, 512)
 FEW_ROWS = 8
 """Up to here a call is limited by reading, and all copies are gone through."""

@@ -59,7 +59,7 @@ def show(report: dict[str, Any]) -> None:
     for size in dict.fromkeys((row["n"], row["k"]) for row in report["rows"]):
         rows = [row for row in report["rows"] if (row["n"], row["k"]) == size]
         console.print(table(f"{size[0]} × {size[1]}", rows))
-    console.print(table("attention (E2B's full layers, 4096 keys) and norm", report["others"]))
+    console.print(table("attention over 4096 keys, norm", report["others"]))
     console.print()
     for label, holds in report["row_invariant"].items():
         console.print(f"{label}: {'row-invariant' if holds else 'NOT row-invariant'}")
@@ -69,16 +69,15 @@ def table(title: str, rows: list[dict[str, Any]]) -> Any:
     """A rich table: a kernel a line, its cost by number of rows."""
     counts = list(dict.fromkeys(row["rows"] for row in rows))
     made = new_table(
-        f"{title}: microseconds at one row, GB/s, share of a pure read,\n"
+        f"{title}: microseconds at one row, share of a pure read,\n"
         "then the cost of more rows in calls of one",
-        ["us", "GB/s", "read %", *(str(count) for count in counts[1:])],
+        ["us", "read %", *(str(count) for count in counts[1:])],
     )
     for backend, kernel in dict.fromkeys((row["backend"], row["kernel"]) for row in rows):
         own = [row for row in rows if (row["backend"], row["kernel"]) == (backend, kernel)]
         made.add_row(
-            f"{backend} {kernel}".removeprefix("outdraft linear "),
+            f"{backend} {kernel}".removeprefix("outdraft "),
             f"{own[0]['us']:.0f}",
-            f"{own[0]['gb_s']:.1f}",
             f"{100 * own[0]['share_of_read']:.0f}",
             *(
                 f"{row['cost']:.2f}" if row["cost"] < 10 else f"{row['cost']:.0f}"
