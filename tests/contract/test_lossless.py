@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from outdraft.request import SamplingParams
-from outdraft.sampling.sampler import Purpose, uniforms
+from outdraft.sampling.sampler import Purpose, uniform
 from outdraft.speculate.proof import (
     Decoder,
     Table,
@@ -63,7 +63,7 @@ def enumeration_error(decoder: Decoder, truth: Table, vocab: int, k: int) -> flo
 
 
 def stream(seed: int) -> Uniform:
-    return lambda position, purpose: uniforms(seed, position, purpose)[0]
+    return lambda position, purpose: uniform(seed, position, purpose)
 
 
 def chi_square_holds(mutant: Mutant, s: Setting, vocab: int, k: int, n: int) -> bool:

@@ -21,7 +21,7 @@ from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import TokenEvent
 from outdraft.sampling.logits import distribution
-from outdraft.sampling.sampler import Purpose, uniforms
+from outdraft.sampling.sampler import Purpose, uniform
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict, verify_greedy, verify_sampled
 
@@ -147,8 +147,8 @@ class Runner:
             return verify_greedy(drafts, best_R)
         n = len(sequence.tokens)
         positions = range(n, n + len(block.tokens) + 1)
-        accept_K = [uniforms(sequence.seed, p, Purpose.ACCEPT)[0] for p in positions[:-1]]
-        final_R = [uniforms(sequence.seed, p, Purpose.TARGET)[0] for p in positions]
+        accept_K = [uniform(sequence.seed, p, Purpose.ACCEPT) for p in positions[:-1]]
+        final_R = [uniform(sequence.seed, p, Purpose.TARGET) for p in positions]
         p_RV = distribution(logits_RV, params)
         return verify_sampled(drafts, block.probs_KV, p_RV, accept_K, final_R)
 

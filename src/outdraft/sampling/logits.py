@@ -50,17 +50,17 @@ def distribution(logits_RV: Tensor, params: SamplingParams) -> Tensor:
         OutdraftError: a row has NaN, or its largest value is not finite.
     """
     assert not params.greedy
-    return torch.stack([_row_distribution(logits_V, params) for logits_V in logits_RV])
-
-
-def _row_distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    best = logits_V.max()
-    _check_finite(best)
+    best_R1 = logits_RV.amax(dim=-1, keepdim=True)
+    _check_finite(best_R1)
     # Below the smallest normal number the quotient would be 0 / 0 at the maximum.
-    temperature = max(params.temperature, torch.finfo(logits_V.dtype).tiny)
-    scaled_V = (logits_V - best) / temperature
+    temperature = max(params.temperature, torch.finfo(logits_RV.dtype).tiny)
+    scaled_RV = (logits_RV - best_R1) / temperature
     if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
-        return torch.softmax(scaled_V, dim=0)
+        return torch.softmax(scaled_RV, dim=-1)
+    return torch.stack([_filtered(scaled_V, params) for scaled_V in scaled_RV])
+
+
+def _filtered(scaled_V: Tensor, params: SamplingParams) -> Tensor:
     ids_C = _kept_ids(scaled_V, params)
     probs_V = torch.zeros_like(scaled_V)
     probs_V[ids_C] = torch.softmax(scaled_V[ids_C], dim=0)

@@ -9,12 +9,15 @@ Shapes: V vocabulary.
 """
 
 import enum
+import struct
+from hashlib import blake2b
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from outdraft.errors import OutdraftError
+
+_COUNTER = struct.Struct("<QQQ")
 
 
 class Purpose(enum.IntEnum):
@@ -31,21 +34,19 @@ class Purpose(enum.IntEnum):
     TARGET = 3  # the target's own token at this position: residual, bonus, or plain decoding
 
 
-def uniforms(seed: int, position: int, purpose: Purpose, n: int = 1) -> list[float]:
-    """n numbers in [0, 1) with 53 random bits, a function of the arguments alone.
+def uniform(seed: int, position: int, purpose: Purpose) -> float:
+    """A number in [0, 1) with 53 random bits, a function of the arguments alone.
 
-    Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the seed
-    as key and position and purpose in the upper words of the counter, which leaves the lower words
-    to the n numbers.
+    BLAKE2b (RFC 7693) of the three as a pseudo-random function: 2 µs, where setting up a
+    counter-based generator such as NumPy's Philox takes 25, several times a token.
 
     Args:
         seed: 0 .. 2^63 - 1.
         position: index of the token in its sequence, the prompt included.
-        purpose: what the numbers decide.
-        n: how many.
+        purpose: what the number decides.
     """
-    bits = np.random.Philox(key=seed, counter=[0, 0, position, int(purpose)]).random_raw(n)
-    return [int(word) * 2.0**-53 for word in bits >> np.uint64(11)]
+    digest = blake2b(_COUNTER.pack(seed, position, purpose), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def sample(probs_V: Tensor, u: float) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from outdraft.sampling.logits import distribution
-from outdraft.sampling.sampler import Purpose, sample, uniforms
+from outdraft.sampling.sampler import Purpose, sample, uniform
 from outdraft.speculate.drafter import Draft, SequenceView
 
 
@@ -42,7 +42,7 @@ def draft_chain(
                 if sequence.params.greedy:
                     continue
                 q_V = distribution(logits_BV[b : b + 1], sequence.params)[0]
-                u = uniforms(sequence.seed, sequence.n + i, Purpose.DRAFT)[0]
+                u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT)
                 newest_B[b] = sample(q_V, u)
                 probs[b].append(q_V)
         tokens.append(newest_B)

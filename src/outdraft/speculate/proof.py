@@ -32,7 +32,7 @@ Draw = Callable[[int, Tensor], int]
 """Draws draft number i of a round from a distribution."""
 
 Uniform = Callable[[int, Purpose], float]
-"""The random number of a position and purpose: `sampler.uniforms` of one seed."""
+"""The random number of a position and purpose: `sampler.uniform` of one seed."""
 
 Verify = Callable[[Tensor, Tensor | None, Tensor, Sequence[float], Sequence[float]], Verdict]
 """`verify.verify_sampled` or something in its place."""
