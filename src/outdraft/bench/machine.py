@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from outdraft import __version__
+from outdraft import __version__, _core
 
 PACKAGE = Path(__file__).parent.parent
 CPU_INFO = Path("/proc/cpuinfo")  # Linux only; elsewhere the platform module knows less
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": _usable_cores(),
-        "threads": torch.get_num_threads(),
+        "threads": max(torch.get_num_threads(), _core.threads()),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__),

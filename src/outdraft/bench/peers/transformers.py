@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from outdraft import _core
 from outdraft.bench.run import Arm, Measurement
 from outdraft.errors import OutdraftError
 from outdraft.models import gemma4_assistant
@@ -115,14 +116,19 @@ def _measure(model: Any, assistant: Any) -> Any:
         assert params.greedy, "transformers' assisted sampling is not lossless"
         ids = torch.tensor([list(tokens)])
         clock = Clock()
-        start = time.perf_counter()
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=params.max_tokens,
-            assistant_model=assistant,
-            streamer=clock,
-        )
+        ours = torch.get_num_threads()  # 1 while our kernels have the processor
+        torch.set_num_threads(max(ours, _core.threads()))
+        try:
+            start = time.perf_counter()
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=params.max_tokens,
+                assistant_model=assistant,
+                streamer=clock,
+            )
+        finally:
+            torch.set_num_threads(ours)
         first, last = clock.times_s[1], clock.times_s[-1]
         return Measurement(out[0, len(tokens) :].tolist(), first - start, last - first)
 
