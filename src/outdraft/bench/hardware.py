@@ -23,10 +23,10 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def set_threads(n_threads: int | None) -> None:
-    """Use this many CPU threads, ours and PyTorch's; None leaves them as they are."""
-    if n_threads is not None:
-        torch.set_num_threads(n_threads)
-        _core.set_threads(n_threads)
+    """Use this many CPU threads, ours and PyTorch's alike; None is PyTorch's own choice."""
+    n_threads = n_threads or max(torch.get_num_threads(), _core.threads())
+    torch.set_num_threads(n_threads)
+    _core.set_threads(n_threads)
 
 
 def last_level_cache_bytes() -> int:

@@ -4,7 +4,7 @@ A sequence's rows are written at its positions, then counted by `advance` and ta
 `rollback`; what lies above the length is never seen and is overwritten. Layers of one kind share a
 page table. Pages behind the window of sliding layers are freed. Not here: who runs when (engine/).
 
-Not here either: attention over it (engine/attend.py). Shapes: T rows, B sequences, P pages.
+Not here either: attention over it (attend.py). Shapes: T rows, B sequences, P pages.
 """
 
 from collections.abc import Sequence

@@ -45,12 +45,12 @@ def bench_shape(
     The weights are random and at true size in memory; what is accepted is put in, not measured.
     """
     acceptance = read_acceptance(accept)
-    from outdraft.bench.hardware import set_threads
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.shape import Settings, measure_shape
     from outdraft.bench.shapes import find_shape
+    from outdraft.engine.engine import set_threads
 
-    set_threads(threads)
+    set_threads(threads, compiled=True)
     settings = Settings(
         quant="w4" if quant == "auto" else quant, context=context, n_tokens=tokens, rounds=rounds
     )
