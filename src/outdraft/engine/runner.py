@@ -8,33 +8,20 @@ Shapes: B sequences, T rows, R rows with logits, K draft length, V vocabulary, H
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
+from outdraft.engine.decide import NO_DRAFTS, Block, decide
 from outdraft.engine.graphs import Pass, TargetPass
 from outdraft.engine.plan import StepPlan
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import TokenEvent
-from outdraft.sampling.logits import distribution
-from outdraft.sampling.sampler import Purpose, uniform
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
-from outdraft.speculate.verify import Verdict, verify_greedy, verify_sampled
-
-
-@dataclass(slots=True)
-class Block:
-    """The drafts of one sequence in one step: ids, and the distributions they were drawn from."""
-
-    tokens: list[int]
-    probs_KV: Tensor | None = None
-
-
-NO_DRAFTS = Block([])
+from outdraft.speculate.verify import Verdict
 
 
 class Runner:
@@ -86,7 +73,7 @@ class Runner:
             scores = slice(scored, scored + len(block.tokens) + 1)
             scored = scores.stop
             logits_RV = done.logits_RV[scores]
-            verdict = self._verify(sequence, block, logits_RV, done.best_R[scores])
+            verdict = decide(sequence, block, logits_RV, done.best_R[scores])
             self._keep_rows(sequence, rows_H, work.n_rows + verdict.n_accepted)
             accepted[sequence.id] = verdict.n_accepted
             events += self._commit(sequence, block, verdict, logits_RV)
@@ -138,19 +125,6 @@ class Runner:
                 "the model's logits are not finite", "try --dtype float32, or check the weights"
             )
         return done
-
-    def _verify(
-        self, sequence: Sequence, block: Block, logits_RV: Tensor, best_R: Tensor
-    ) -> Verdict:
-        params, drafts = sequence.request.params, torch.tensor(block.tokens, dtype=torch.int64)
-        if params.greedy:
-            return verify_greedy(drafts, best_R)
-        n = len(sequence.tokens)
-        positions = range(n, n + len(block.tokens) + 1)
-        accept_K = [uniform(sequence.seed, p, Purpose.ACCEPT) for p in positions[:-1]]
-        final_R = [uniform(sequence.seed, p, Purpose.TARGET) for p in positions]
-        p_RV = distribution(logits_RV, params)
-        return verify_sampled(drafts, block.probs_KV, p_RV, accept_K, final_R)
 
     def _keep_rows(self, sequence: Sequence, rows_H: Tensor, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""

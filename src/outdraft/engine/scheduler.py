@@ -6,9 +6,13 @@ the worst case, so a sequence that was admitted always goes on. Not here: doing 
 """
 
 from collections import deque
+from collections.abc import Callable
 
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.sequence import Sequence
+
+DraftLengths = Callable[[list[Sequence]], list[int]]
+"""How many tokens to draft for each of these sequences, which all decode in this step."""
 
 
 class Scheduler:
@@ -18,6 +22,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.prefill_chunk = prefill_chunk
         self.n_draft_max = n_draft_max
+        self.draft_lengths: DraftLengths = lambda decoding: [self.n_draft_max] * len(decoding)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}
 
@@ -50,19 +55,21 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step's work for all running sequences."""
+        decoding = [s for s in self.running.values() if s.n_pending == 1]
+        wanted = dict(zip((s.id for s in decoding), self.draft_lengths(decoding), strict=True))
         budget = self.prefill_chunk
         work = []
         for sequence in self.running.values():
             if sequence.n_pending == 1:
-                work.append(Work(sequence.id, 1, self._n_drafts(sequence)))
+                n_drafts = max(0, min(wanted[sequence.id], _draft_room(sequence)))
+                work.append(Work(sequence.id, 1, n_drafts))
             elif budget > 0:
                 n_rows = min(sequence.n_pending, budget)
                 budget -= n_rows
                 work.append(Work(sequence.id, n_rows, 0))
         return StepPlan(work)
 
-    def _n_drafts(self, sequence: Sequence) -> int:
-        """None before the first row was run: a drafter reads the state it left behind."""
-        if sequence.n_computed == 0:
-            return 0
-        return max(0, min(self.n_draft_max, sequence.draft_room))
+
+def _draft_room(sequence: Sequence) -> int:
+    """None before the first row was run: a drafter reads the state it left behind."""
+    return 0 if sequence.n_computed == 0 else sequence.draft_room
