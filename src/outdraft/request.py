@@ -116,7 +116,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise SamplingError(f"{name} is {value!r}", "use a whole number")
-        if not 0 < self.top_p:
+        if not self.top_p > 0:
             raise SamplingError(f"top_p is {self.top_p}", "use a number above 0 and at most 1")
         self._check_lists()
         self._check_combinations()
@@ -129,8 +129,7 @@ class SamplingParams:
             raise SamplingError("a stop string is empty", "leave it out, or give it characters")
         if any(not w for w in self.bad_words):
             raise SamplingError("a bad word is empty", "leave it out, or give it characters")
-        for pair in self.logit_bias:
-            token, value = pair
+        for token, value in self.bias_pairs:
             if type(token) is not int or token < 0:
                 raise SamplingError(f"logit_bias has the token {token!r}", "use ids from 0 on")
             if value != -math.inf and not -100 <= value <= 100:
@@ -168,6 +167,12 @@ class SamplingParams:
         """Names of the options that ask for a grammar; at most one."""
         given = [n for n in ("json_schema", "regex", "grammar") if getattr(self, n) is not None]
         return [*given, "json_object"] if self.json_object else given
+
+    @property
+    def bias_pairs(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as pairs, which is what it is after construction."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
 
     @property
     def penalised(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.decide import NO_DRAFTS, Block, decide
+from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
 from outdraft.engine.graphs import Pass, TargetPass
 from outdraft.engine.plan import StepPlan
 from outdraft.engine.sequence import Sequence
@@ -67,6 +67,7 @@ class Runner:
             rows_H = done.hidden_TH[row : row + n_rows]
             row += n_rows
             self.memory.advance(sequence.id, n_rows)
+            report_prompt(self.target, sequence, rows_H)
             if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
                 self._keep_rows(sequence, rows_H, work.n_rows)
                 continue
@@ -98,9 +99,8 @@ class Runner:
         for b, w in enumerate(work):
             n = min(w.n_drafts, draft.lengths[b])
             probs = draft.probs[b]
-            blocks[w.sequence] = Block(
-                draft.tokens_BK[b, :n].tolist(), None if probs is None else probs[:n]
-            )
+            block = Block(draft.tokens_BK[b, :n].tolist(), None if probs is None else probs[:n])
+            blocks[w.sequence] = admissible(sequences[w.sequence], block)
         return view, blocks
 
     def _forward(
@@ -137,7 +137,8 @@ class Runner:
         self, sequence: Sequence, block: Block, verdict: Verdict, logits_RV: Tensor
     ) -> list[TokenEvent]:
         tokens = [*block.tokens[: verdict.n_accepted], verdict.token]
-        events = sequence.keep(tokens, verdict.n_accepted)
+        logprobs = reported(sequence, tokens, logits_RV)
+        events = sequence.keep(tokens, verdict.n_accepted, logprobs)
         sequence.stats.count(len(block.tokens), verdict.n_accepted, len(events))
         if self.logits_log is not None:
             self.logits_log.setdefault(sequence.id, []).extend(logits_RV[: len(events)].clone())
