@@ -26,11 +26,11 @@ from outdraft.speculate.proof import (
     Verify,
     argmax_drafts,
     block_distribution,
+    chi_square_p_value,
     continuation,
     generate,
     logits_table,
     mixed,
-    pair_p_values,
     sampled_drafts,
     table,
 )
@@ -96,7 +96,7 @@ def truth_of(logits: Table, params: SamplingParams, name: str) -> Table:
             values = restated(logits(context).tolist(), params, list(PROMPT), list(context))
             if name in ("grammar", "all"):
                 values[(*PROMPT, *context)[-1]] = -math.inf
-            known[context] = distribution(torch.tensor([values]).double(), params)[0]
+            known[context] = distribution(torch.tensor([values], dtype=torch.float64), params)[0]
         return known[context]
 
     return row
@@ -158,8 +158,8 @@ def test_longer_blocks_with_options_are_the_targets(name: str, drafts: str) -> N
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("name", ["penalties", "grammar", "all"])
-def test_generated_pairs_with_options_follow_the_target(name: str, drafts: str) -> None:
-    params, vocab, k = OPTIONS[name], 6, 3
+def test_generated_text_with_options_follows_the_target(name: str, drafts: str) -> None:
+    params, vocab, k, n = OPTIONS[name], 4, 2, 1200
     target, other = logits_table(vocab, 8, order=1), logits_table(vocab, 9, order=1)
     truth = truth_of(target, params, name)
     honest = DRAFTERS[drafts](table(mixed(target, other, 0.5), SamplingParams(params.temperature)))
@@ -171,14 +171,16 @@ def test_generated_pairs_with_options_follow_the_target(name: str, drafts: str) 
 
     decoder = Decoder(target, propose, verify_with(params, name, SamplerState, lambda: here[0]))
     runs = []
-    for seed in range(400):
+    for seed in range(n):
 
         def numbers(at: int, why: Purpose, seed: int = seed) -> float:
             return uniform(seed, at, why)
 
-        runs.append(generate(decoder, numbers, 4, k).tokens)
-    p_values = pair_p_values(torch.tensor(runs), truth, vocab)
-    assert min(p_values) > 1e-3 / len(p_values)
+        runs.append(generate(decoder, numbers, 3, k).tokens)
+    places = torch.tensor(runs) @ torch.tensor([vocab**2, vocab, 1])
+    counts = torch.bincount(places, minlength=vocab**3).double()
+    expected = n * continuation(truth, (), vocab, 3).flatten()
+    assert chi_square_p_value(counts, expected) > 1e-4
 
 
 # --- Planted bugs ---
@@ -259,9 +261,6 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("mutant,name", MUTANTS, ids=lambda x: getattr(x, "__name__", x))
-def test_mutants_of_the_state_are_caught(
-    mutant: type[SamplerState], name: str, drafts: str
-) -> None:
-    assert enumeration_error(name, drafts, 3, 2, mutant) > 1e-6
+def test_mutants_of_the_state_are_caught(mutant: type[SamplerState], name: str) -> None:
+    assert any(enumeration_error(name, drafts, 3, 2, mutant) > 1e-6 for drafts in DRAFTERS)

@@ -22,7 +22,7 @@ MAX_COMPILED = 32
 """Grammars kept compiled, the most recently used."""
 
 JSON_WHITESPACE = r"( |\n[ \t]{0,20})?"
-"""A space, or a new line and its indentation: bounded, so that no text can be spaces without end."""
+"""A space, or a new line and its indentation: bounded, so that no text is spaces without end."""
 
 
 class GrammarState:
