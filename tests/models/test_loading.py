@@ -10,8 +10,8 @@ import torch
 from outdraft.config import EngineConfig
 from outdraft.models.registry import load_target
 from outdraft.ops.packed import PackedLinear
-from outdraft.weights.find import DEMO_DIRECTORY
 from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.find import DEMO_DIRECTORY
 from tests import tiny
 
 CHILD = """

@@ -75,8 +75,10 @@ SCHEMES = [
 def opened(
     directory: Path, tensors: dict[str, Tensor], scheme: Int4Scheme, names: tuple[str, ...]
 ) -> Weights:
-    save_file(tensors, directory / SINGLE_NAME)
+    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    save_file(tensors | {f"{prefix}norm.weight": torch.ones(K)}, directory / SINGLE_NAME)
     expected = {f"{name}.weight": ExpectedTensor((N, K)) for name in names}
+    expected["norm.weight"] = ExpectedTensor((K,))
     weights, _ = open_tensors(
         Checkpoint.open(directory),
         expected,
@@ -115,9 +117,7 @@ def test_numbers_scales_and_zero_points_come_back(tmp_path: Path, scheme: Int4Sc
         else None,
     )
     packed = pack_stored(stack([weights["q.weight"], weights["k.weight"]]), "w4", candidates=4)
-    direct = PackedLinear.empty(
-        "w4", 2 * N, K, group=scheme.group, zero_points=scheme.zero_points
-    )
+    direct = PackedLinear.empty("w4", 2 * N, K, group=scheme.group, zero_points=scheme.zero_points)
     direct.put_w4(whole.codes_NK, whole.scales_NC, whole.zeros_NC)
     for part_name in ("data", "scales", "zeros"):
         assert torch.equal(getattr(packed, part_name), getattr(direct, part_name))
