@@ -8,7 +8,7 @@ Shapes: N output rows, K inputs, E blocks (experts), C groups of inputs that sha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -109,18 +109,6 @@ class StoredWeight:
         shape = (*ids_CN.shape, self.shape[1])
         key = f"{self.key}[blocks]"
         return StoredWeight(key, shape, self.dtype, self.form, read, self.group, self.zero_points)
-
-
-class PackedStore(Protocol):
-    """Where packed weights of an earlier start are, and where new ones go."""
-
-    def find(self, key: str, format: Format, sizes: tuple[int, int, int]) -> PackedLinear | None:
-        """The packed weight (E, N, K) under this key, or None."""
-        ...
-
-    def keep(self, key: str, packed: PackedLinear) -> None:
-        """Write a weight that was just packed."""
-        ...
 
 
 def stack(parts: Sequence[Tensor | StoredWeight]) -> Any:
