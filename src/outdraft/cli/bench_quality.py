@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -11,6 +11,9 @@ from outdraft.cli.bench import find_prompts, new_table
 from outdraft.cli.console import remark, remarks, results
 from outdraft.config import EngineConfig, Quant
 from outdraft.errors import OutdraftError
+
+if TYPE_CHECKING:
+    from outdraft.engine.engine import LLM
 
 app = typer.Typer(add_completion=False)
 
@@ -36,59 +39,51 @@ def bench_quality(
     The bf16 weights of a checkpoint that is quantised already are its dequantised ones.
     """
     wanted = read_quants(quant)
+    from outdraft.bench import quality
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.prompts import HELDOUT
-    from outdraft.bench.quality import (
-        acceptance_figures,
-        compare_windows,
-        read_texts,
-        text_figures,
-    )
     from outdraft.bench.report import write_json
     from outdraft.cli.streaming import load
 
-    config = EngineConfig(
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        backend="cpu",
-        quant="bf16",
-        max_sequences=1,
-        threads=threads,
-    )
-    texts = read_texts(text or HELDOUT)
+    config = EngineConfig(assistant=assistant, draft_n_max=spec_draft_n_max, threads=threads)
+    config = replace(config, backend="cpu", quant="bf16", max_sequences=1)
+    texts = quality.read_texts(text or HELDOUT)
     base = load(model, config)
     if window > base.ctx_size - 1:
         raise OutdraftError(f"--window {window} is too long", f"at most {base.ctx_size - 1}")
     chosen = find_prompts(base, None, prompts, 0) if prompts else []
     with remarks().status("acceptance at bf16"):
-        bf16 = acceptance_figures(base, chosen, max_tokens) if chosen else None
+        bf16 = quality.acceptance_figures(base, chosen, max_tokens) if chosen else None
     rows: dict[str, Any] = {}
     for name in wanted:
         other = load(model, replace(config, quant=name))
         with remarks().status(f"{name} against bf16"):
-            rows[name] = text_figures(compare_windows(base, other, texts, window, tokens))
-            accepted = acceptance_figures(other, chosen, max_tokens) if chosen else None
+            rows[name] = quality.text_figures(
+                quality.compare_windows(base, other, texts, window, tokens)
+            )
+            accepted = quality.acceptance_figures(other, chosen, max_tokens) if chosen else None
             rows[name]["acceptance"] = accepted
-    stored = dict(base.target.report.params_by_dtype)
     report = {
-        "settings": {
-            "model": model,
-            "params_by_dtype": stored,
-            "window": window,
-            "drafter": base.pairing.reason,
-            "draft_n_max": base.pairing.n_draft_max,
-            "n_prompts": len(chosen),
-            "max_tokens": max_tokens,
-        },
+        "settings": settings_of(base) | {"window": window, "max_tokens": max_tokens},
         "bf16": {"acceptance": bf16},
         "quants": rows,
         "machine": describe_machine(),
         **describe_version(),
     }
+    report["settings"] |= {"model": model, "n_prompts": len(chosen)}
     show(report)
     if json_file is not None:
         write_json(json_file, report)
         remark(f"written: {json_file}")
+
+
+def settings_of(base: "LLM") -> dict[str, Any]:
+    """What the figures depend on, for the report."""
+    return {
+        "params_by_dtype": dict(base.target.report.params_by_dtype),
+        "drafter": base.pairing.reason,
+        "draft_n_max": base.pairing.n_draft_max,
+    }
 
 
 def read_quants(names: str) -> list[Quant]:
