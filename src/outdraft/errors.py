@@ -42,7 +42,7 @@ class CapacityError(OutdraftError):
     """There is not enough memory planned for what was asked."""
 
 
-class QueueFull(OutdraftError):  # noqa: N818 - the name that users look for
+class QueueFull(OutdraftError):
     """As many requests wait as the queue may hold; try again later."""
 
 

@@ -52,9 +52,7 @@ class PageBooks:
         """Pages of the cache that a sequence of these tokens could begin with."""
         return [] if self.prefix is None else self.prefix.match(tokens, salt, most)
 
-    def open(
-        self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0
-    ) -> int:
+    def open(self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0) -> int:
         """A sequence begins, with what the cache has of its first `most` tokens.
 
         Returns:

@@ -117,9 +117,7 @@ class Memory:
         total = sum(n_bytes(store) for store in self.groups[group].layers.values())
         return total // (pages * PAGE_SLOTS)
 
-    def open(
-        self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0
-    ) -> int:
+    def open(self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0) -> int:
         """A sequence begins; how many of its first `most` tokens are in memory already."""
         return self.books.open(sequence, tokens, salt, most)
 

@@ -47,7 +47,8 @@ class PrefixCache:
 
     def match(self, tokens: Sequence[int], salt: str, most: int) -> list[Node]:
         """The longest usable chain of pages that `tokens` begins with, of at most `most` tokens."""
-        node, chain = self.roots.get(salt), []
+        node = self.roots.get(salt)
+        chain: list[Node] = []
         size = self.page_slots
         while node is not None and (len(chain) + 1) * size <= most:
             at = len(chain) * size

@@ -157,7 +157,9 @@ class Runner:
             raise _not_finite()
         if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
             probs = block.probs_KV
-            block = Block(block.tokens[: n_good - 1], None if probs is None else probs[: n_good - 1])
+            block = Block(
+                block.tokens[: n_good - 1], None if probs is None else probs[: n_good - 1]
+            )
         logits_RV, best_R = own.logits_RV[:n_good], own.best_R[:n_good]
         verdict = decide(sequence, block, logits_RV, best_R)
         self._keep_rows(sequence, own.hidden_TH, work.n_rows + verdict.n_accepted)
@@ -173,7 +175,7 @@ class Runner:
         return sequence.abort(FinishReason.ERROR, message)
 
     def _propose(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> _Proposal:
-        """Ask the drafter; if it fails, ask for each sequence alone, and do without where it must."""
+        """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
         nothing = _Proposal(None, {}, {})
         work = [w for w in plan.work if w.n_drafts > 0]
         if not work or self.drafter is None:
@@ -184,7 +186,8 @@ class Runner:
             if len(work) == 1:
                 self._count_drafter_failure(error, [sequences[work[0].sequence]])
                 return nothing
-        views, blocks = [], {}
+        views: list[SequenceView] = []
+        blocks: dict[str, Block] = {}
         for w in work:
             try:
                 one = self._ask(self.drafter, [w], sequences)

@@ -135,9 +135,7 @@ class Scheduler:
         except Exception:  # choosing a length must not cost a request
             self.stats.n_draft_length_failures += 1
             wanted = [0] * len(decoding)
-        return {
-            s.id: max(0, min(n, s.draft_room)) for s, n in zip(decoding, wanted, strict=True)
-        }
+        return {s.id: max(0, min(n, s.draft_room)) for s, n in zip(decoding, wanted, strict=True)}
 
     def _chunks(self, n_decode_rows: int) -> dict[str, int]:
         """Rows of prompts. At least a quarter of the budget is theirs, however many decode."""
