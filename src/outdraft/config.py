@@ -41,7 +41,12 @@ class EngineConfig:
         kv_dtype: how the kernels store keys and values.
         ctx_size: longest sequence in tokens, prompt included; None is the model's, at most 8192.
         max_sequences: sequences in progress at once.
-        prefill_chunk: most prompt tokens computed in one step.
+        max_queue: requests that may wait for their turn; more are refused (`QueueFull`).
+        prefill_chunk: rows of a step that prompts may fill, those of decoding counted off.
+        kv_cache_tokens: positions of keys and values that all sequences share; None is enough for
+            four of the longest sequences, or for `max_sequences` if that is fewer. One sequence
+            of `ctx_size` always fits.
+        prefix_cache: keep keys and values for later prompts that begin alike.
         threads: CPU threads; None leaves PyTorch's choice.
 
     Raises:
@@ -57,8 +62,11 @@ class EngineConfig:
     quant: Quant = "auto"
     kv_dtype: KvDType = "bf16"
     ctx_size: int | None = None
-    max_sequences: int = 4
+    max_sequences: int = 16
+    max_queue: int = 1024
     prefill_chunk: int = 512
+    kv_cache_tokens: int | None = None
+    prefix_cache: bool = True
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +78,9 @@ class EngineConfig:
             ("draft_n_max", 0, 64),
             ("ctx_size", 1, 2**31),
             ("max_sequences", 1, 4096),
+            ("max_queue", 0, 2**20),
             ("prefill_chunk", 1, 2**20),
+            ("kv_cache_tokens", 1, 2**40),
             ("threads", 1, 4096),
         ):
             number = getattr(self, name)

@@ -42,5 +42,9 @@ class CapacityError(OutdraftError):
     """There is not enough memory planned for what was asked."""
 
 
+class QueueFull(OutdraftError):
+    """As many requests wait as the queue may hold; try again later."""
+
+
 class TrainingError(OutdraftError):
     """Training cannot start or go on (bad data, no space left, a foreign checkpoint)."""

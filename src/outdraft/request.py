@@ -243,11 +243,16 @@ _LENGTHS = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and how to continue it. `prompt_tokens` are ids, `<bos>` included."""
+    """One prompt and how to continue it. `prompt_tokens` are ids, `<bos>` included.
+
+    Requests with different `cache_salt` never share cached keys and values: give each tenant its
+    own, and none can learn from the time to the first token what another has asked.
+    """
 
     id: str
     prompt_tokens: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ def _no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("outdraft.weights.checkpoint.safe_open", refuse)
+    monkeypatch.setattr("outdraft.weights.checkpoint.Checkpoint._read", refuse)
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES)

@@ -58,7 +58,8 @@ def assert_idle(llm: LLM) -> None:
     """Nothing is left behind: every page is free again."""
     assert not llm.memory.lengths and not llm.runner.hidden
     for group in llm.memory.groups.values():
-        assert group.pool.n_free == group.pool.n_pages and not group.tables
+        assert group.pool.n_available == group.pool.n_pages and not group.tables
+    llm.check()
 
 
 BACKENDS: dict[str, dict[str, Any]] = {

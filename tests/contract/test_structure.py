@@ -27,7 +27,9 @@ LEVELS = {
 TORCH_FREE = (
     "config.py",
     "request.py",
+    "cache/books.py",
     "cache/pages.py",
+    "cache/prefix.py",
     "engine/plan.py",
     "engine/scheduler.py",
     "engine/sequence.py",

@@ -81,7 +81,8 @@ def drafting(
     got = llm.generate(prompt, SamplingParams(**params))  # type: ignore[arg-type]
     assert not oracle.open_sequences and not llm.memory.lengths
     for group in llm.memory.groups.values():
-        assert group.pool.n_free == group.pool.n_pages
+        assert group.pool.n_available == group.pool.n_pages
+    llm.check()
     return got
 
 

@@ -218,3 +218,25 @@ def test_options_that_this_model_cannot_meet(llm: LLM, monkeypatch: pytest.Monke
     with pytest.raises(SamplingError, match="reasoning markers"):
         llm.generate(PROMPT, SamplingParams(max_thinking_tokens=4))
     assert not llm.scheduler.busy
+
+
+def test_security_class_5_an_adversarial_regex_fails_alone(llm: LLM) -> None:
+    """It runs out of fuel; who runs beside it says what it says alone."""
+    llm.set_draft_n_max(4)
+    bad = SamplingParams(regex="((y{1,500}){1,500}){1,500}b", max_tokens=400)
+    good = params_of("schema", 2.0)
+    together = llm.generate_all([PROMPT] * 3, [good, bad, params_of("nothing", 0.0)])
+    assert together[1].finish_reason is FinishReason.ERROR
+    assert "grammar cannot be followed" in (together[1].error or "")
+    assert together[0].tokens == plain(llm, good).tokens
+    assert together[2].tokens == plain(llm, params_of("nothing", 0.0)).tokens
+    assert not llm.scheduler.busy
+
+
+def test_prompt_logprobs_do_not_come_from_the_prefix_cache(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    whole = [5, 9, 80, 33] * 30
+    llm.generate(whole, SamplingParams(max_tokens=1))
+    first, again = llm.generate(whole, params), llm.generate(whole, params)
+    assert len(first.prompt_logprobs) == len(whole)
+    assert first.prompt_logprobs == again.prompt_logprobs

@@ -17,10 +17,11 @@ from outdraft.errors import PairingError
 from outdraft.models.gemma4 import Gemma4, memory_layers
 from outdraft.models.gemma4_assistant import Gemma4Assistant, check_pair
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps
 from outdraft.request import SamplingParams
 from outdraft.speculate.chain import draft_chain
-from outdraft.speculate.drafter import SequenceView
+from outdraft.speculate.drafter import SequenceView, TargetView
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
 from tests import tiny
 
@@ -164,6 +165,41 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
         assert (want[seen] - logits[seen].double()).abs().max() <= TOLERANCE * spread
     assert drafter.needs.final_hidden and set(drafter.needs.kv_groups) == set(KINDS)
     assert draft.tokens_BK.shape == (1, K) and draft.lengths == [K] and draft.probs == [None]
+
+
+@torch.inference_mode()
+def test_a_recorded_round_equals_the_calls_one_by_one() -> None:
+    raw = tiny.target_config("plain")
+    config = Gemma4Config.from_hf(raw)
+    ops = CpuOps(format="w8")
+    target = Gemma4(config, tiny.target_weights(raw, seed=5), ops)
+    memory = Memory(
+        memory_layers(config), max_sequences=2, max_tokens=512, max_rows=160, dtype=torch.bfloat16
+    )
+    raw_assistant = tiny.assistant_config(raw)
+    weights = tiny.assistant_weights(raw_assistant, seed=6)
+    model = Gemma4Assistant(AssistantConfig.from_hf(raw_assistant), weights, ops)
+    kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
+    recorded = Gemma4AssistantDrafter(model, kv_layers)
+    plain = Gemma4AssistantDrafter(model, kv_layers)
+    plain.recorder = None
+    generator = torch.Generator().manual_seed(7)
+    views = []
+    for name, n in (("a", 131), ("b", 40)):
+        tokens = torch.randint(6, tiny.VOCAB, (n + 1,), generator=generator).tolist()
+        memory.open(name)
+        memory.reserve(name, n)
+        call = CausalCall.prepare(memory, ops, [Span(name, 0, n)], tokens[:-1])
+        hidden = target.forward(call.token_T, call.position_T, call.attend)
+        memory.advance(name, n)
+        views.append(SequenceView(name, tokens, SamplingParams(), 0, hidden[-1].clone()))
+    for chosen in (views, views[:1], views[1:], views[::-1]):
+        for k in (1, 2, K, 2):
+            view = TargetView(chosen, memory, target.embed, ops)
+            want, got = plain.propose(view, k), recorded.propose(view, k)
+            assert torch.equal(want.tokens_BK, got.tokens_BK)
+            assert want.lengths == got.lengths and want.probs == got.probs
+    assert len(recorded.recordings) == 6 and not plain.recordings
 
 
 @pytest.mark.parametrize(

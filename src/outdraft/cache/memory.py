@@ -8,10 +8,11 @@ Not here either: attention over it (attend.py). Shapes: T rows, B sequences, P p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from outdraft.cache.books import GroupBooks, PageBooks
 from outdraft.cache.kv import clear_pages, empty_pages, n_bytes
 from outdraft.cache.numbers import Numbers
 from outdraft.cache.pages import PagePool
@@ -42,27 +43,19 @@ class Span:
     n_rows: int
 
 
-@dataclass(slots=True)
-class _Table:
-    """A sequence's pages in one group; `first_page` counts those already freed in front."""
-
-    first_page: int = 0
-    pages: list[int] = field(default_factory=list)
-
-
 class _Group:
-    """Layers that share page tables."""
+    """Layers that share page tables, with their keys and values."""
 
-    def __init__(self, window: int | None, max_pages: int, max_sequences: int) -> None:
-        self.window = window
-        self.max_pages = max_pages  # of one sequence
-        self.pool = PagePool(max_pages * max_sequences)
+    def __init__(self, books: GroupBooks) -> None:
+        self.window = books.window
+        self.max_pages = books.max_pages
+        self.pool = books.pool
+        self.tables = books.tables
         self.layers: dict[int, KvPages] = {}
-        self.tables: dict[str, _Table] = {}
 
 
 class Memory:
-    """Paged keys and values of all layers, for up to `max_sequences` sequences."""
+    """Paged keys and values of all layers, shared by sequences."""
 
     def __init__(
         self,
@@ -72,25 +65,40 @@ class Memory:
         max_tokens: int,
         max_rows: int,
         dtype: torch.dtype,
+        pool_tokens: int | None = None,
+        prefix_cache: bool = False,
     ) -> None:
-        """Plan for the worst case, so that a sequence that was opened can always go on.
+        """Allocate all pages at once.
 
         Args:
             layers: one entry a model layer.
             max_tokens: longest sequence, rows of a step included.
             max_rows: most rows one sequence brings in one step.
             dtype: of keys and values.
+            pool_tokens: positions of full attention that all sequences share; at least one
+                sequence always fits. None plans for the worst case of all sequences at once.
+            prefix_cache: keep verified pages for later sequences that begin alike.
         """
         self.layers = list(layers)
-        self.lengths: dict[str, int] = {}
-        self.groups: dict[str, _Group] = {}
-        for index, layer in enumerate(self.layers):
-            if layer.group not in self.groups:
-                reach = max_tokens
-                if layer.window is not None:
-                    reach = min(reach, layer.window + max_rows + PAGE_SLOTS)
+        n_full = -(-max_tokens // PAGE_SLOTS) + 1
+        n_shared = n_full * max_sequences
+        if pool_tokens is not None:
+            n_shared = max(n_full, -(-pool_tokens // PAGE_SLOTS))
+        books = {}
+        for layer in self.layers:
+            if layer.group in books:
+                continue
+            n_pages, n_pool = n_full, n_shared
+            if layer.window is not None:
+                reach = min(max_tokens, layer.window + max_rows + PAGE_SLOTS)
                 n_pages = -(-reach // PAGE_SLOTS) + 1
-                self.groups[layer.group] = _Group(layer.window, n_pages, max_sequences)
+                n_cached = n_shared // 4 if prefix_cache else 0
+                n_pool = max(n_pages, min(n_shared, n_pages * max_sequences + n_cached))
+            books[layer.group] = GroupBooks(layer.window, n_pages, PagePool(n_pool))
+        self.books = PageBooks(books, PAGE_SLOTS, prefix_cache=prefix_cache)
+        self.lengths = self.books.lengths
+        self.groups = {name: _Group(group) for name, group in books.items()}
+        for index, layer in enumerate(self.layers):
             group = self.groups[layer.group]
             if layer.source == index:
                 group.layers[index] = empty_pages(
@@ -109,56 +117,40 @@ class Memory:
         total = sum(n_bytes(store) for store in self.groups[group].layers.values())
         return total // (pages * PAGE_SLOTS)
 
-    def open(self, sequence: str) -> None:
-        """Begin an empty sequence."""
-        assert sequence not in self.lengths
-        self.lengths[sequence] = 0
-        for group in self.groups.values():
-            group.tables[sequence] = _Table()
+    def open(self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0) -> int:
+        """A sequence begins; how many of its first `most` tokens are in memory already."""
+        return self.books.open(sequence, tokens, salt, most)
 
     def close(self, sequence: str) -> None:
-        """Forget a sequence and free its pages."""
-        del self.lengths[sequence]
-        for group in self.groups.values():
-            group.pool.release(group.tables.pop(sequence).pages)
+        """A sequence is forgotten."""
+        self.books.close(sequence)
 
     def reserve(self, sequence: str, n_rows: int) -> None:
-        """Make room for the next n rows.
+        """Make room for n rows behind the length. New pages are zeros.
 
         Raises:
-            CapacityError: no page is free; nothing has changed for other sequences.
+            CapacityError: there are too few pages; nothing is changed.
         """
-        n_pages = -(-(self.lengths[sequence] + n_rows) // PAGE_SLOTS)
-        for group in self.groups.values():
-            table = group.tables[sequence]
-            missing = n_pages - table.first_page - len(table.pages)
-            if missing > 0:
-                new = group.pool.allocate(missing)
-                for store in group.layers.values():
-                    clear_pages(store, new)
-                table.pages += new
+        for name, pages in self.books.reserve(sequence, n_rows).items():
+            if pages:
+                for store in self.groups[name].layers.values():
+                    clear_pages(store, pages)
 
     def advance(self, sequence: str, n_rows: int) -> None:
         """n rows were written behind the length."""
-        self.lengths[sequence] += n_rows
+        self.books.advance(sequence, n_rows)
 
     def rollback(self, sequence: str, n_rows: int) -> None:
         """Forget the last n rows. They are not erased: the next rows overwrite them."""
-        assert 0 <= n_rows <= self.lengths[sequence]
-        self.lengths[sequence] -= n_rows
+        self.books.rollback(sequence, n_rows)
+
+    def share(self, sequence: str, tokens: Sequence[int]) -> None:
+        """Let later sequences use pages whose rows are all verified. Between rollback and trim."""
+        self.books.share(sequence, tokens)
 
     def trim(self, sequence: str) -> None:
         """Free pages that no later row sees. The length must be final: rollback comes first."""
-        for group in self.groups.values():
-            if group.window is None:
-                continue
-            table = group.tables[sequence]
-            oldest = max(0, self.lengths[sequence] - group.window)  # an assistant sees this one
-            n_freed = oldest // PAGE_SLOTS - table.first_page
-            if n_freed > 0:
-                group.pool.release(table.pages[:n_freed])
-                del table.pages[:n_freed]
-                table.first_page += n_freed
+        self.books.trim(sequence)
 
     def add_slots(self, numbers: Numbers, group: str, spans: Sequence[Span]) -> None:
         """Where the next rows of these sequences go (`reserve` comes first): page, slot [T]."""

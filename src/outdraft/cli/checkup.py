@@ -23,7 +23,7 @@ from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.find import find_assistant
-from outdraft.weights.load import ExpectedTensor, IgnoreRule, load_tensors
+from outdraft.weights.load import ExpectedTensor, IgnoreRule, open_tensors
 from outdraft.weights.quantise import is_int8_channel
 
 KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
@@ -214,7 +214,7 @@ def _check_tensors(
     if checkpoint is None:
         return
     try:
-        _, report = load_tensors(
+        _, report = open_tensors(
             checkpoint,
             expected,
             ignore,

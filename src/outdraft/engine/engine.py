@@ -36,6 +36,7 @@ from outdraft.weights.find import resolve_model
 class Completion:
     """What one request produced. Times are seconds: `prefill_s` up to the first token.
 
+    `cached_tokens` of the prompt came from the prefix cache and were not computed.
     `logprobs` and `prompt_logprobs` are by token, and empty unless asked for; the first token of a
     prompt has none.
     """
@@ -45,6 +46,7 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
     stats: DraftStats = field(default_factory=DraftStats)
     times: StepTimes = field(default_factory=StepTimes)
     prefill_s: float = 0.0
@@ -57,9 +59,12 @@ class Completion:
         """The same under llama.cpp's names; rates per second, times in milliseconds."""
         n_decoded = max(0, len(self.tokens) - 1)  # the first token belongs to the prompt's pass
         return {
-            "prompt_n": len(self.prompt_tokens),
+            "prompt_n": len(self.prompt_tokens) - self.cached_tokens,
+            "cache_n": self.cached_tokens,
             "prompt_ms": self.prefill_s * 1e3,
-            "prompt_per_second": _rate(len(self.prompt_tokens), self.prefill_s),
+            "prompt_per_second": _rate(
+                len(self.prompt_tokens) - self.cached_tokens, self.prefill_s
+            ),
             "predicted_n": len(self.tokens),
             "predicted_ms": self.decode_s * 1e3,
             "predicted_per_second": _rate(n_decoded, self.decode_s),
@@ -99,9 +104,14 @@ class LLM:
             max_tokens=self.ctx_size,
             max_rows=max(self.config.prefill_chunk, self.pairing.n_draft_max + 1),
             dtype=self.target.ops.kv_dtype,
+            pool_tokens=self.config.kv_cache_tokens
+            or min(4, self.config.max_sequences) * self.ctx_size,
+            prefix_cache=self.config.prefix_cache,
         )
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
         self.scheduler = Scheduler(
+            books=self.memory.books,
+            max_queue=self.config.max_queue,
             max_sequences=self.config.max_sequences,
             prefill_chunk=self.config.prefill_chunk,
             n_draft_max=self.pairing.n_draft_max,
@@ -155,8 +165,14 @@ class LLM:
             )
         return tuple(self.tokenizer.encode(self.template.render(messages, **options)))
 
-    def add(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Sequence:
-        """Queue a request; its events come out of `step`.
+    def prepare(
+        self,
+        prompt: str | Seq[int],
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+    ) -> Sequence:
+        """A request that can be queued. It touches nothing of the engine: any thread may call it.
 
         Raises:
             PromptError: the prompt cannot be run.
@@ -167,14 +183,14 @@ class LLM:
             raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request = Request(f"r{next(self._ids)}", prompt_tokens, params)
+        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)
         end_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= set(self.tokenizer.eos_ids)
-        sequence = Sequence(
+        return Sequence(
             request=request,
             seed=secrets.randbits(62) if params.seed is None else params.seed,
             limit=limit,
@@ -184,21 +200,58 @@ class LLM:
             tokens=list(prompt_tokens),
             sampler=self.samplers.start(params, prompt_tokens, frozenset(end_ids)),
         )
+
+    def add(
+        self,
+        prompt: str | Seq[int],
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+    ) -> Sequence:
+        """Queue a request; its events come out of `step`.
+
+        Args:
+            cache_salt: requests with different salts share no cached keys and values.
+
+        Raises:
+            PromptError: the prompt cannot be run.
+            QueueFull: too many requests wait.
+        """
+        sequence = self.prepare(prompt, params, cache_salt=cache_salt)
         self.scheduler.add(sequence)
         return sequence
 
     def step(self) -> list[TokenEvent]:
         """Run one step of everything in progress; [] when there is nothing to do."""
-        for sequence in self.scheduler.admit():
-            self.runner.open(sequence)
-        if not self.scheduler.running:
-            return []
+        events = []
+        while (admitted := self.scheduler.admit_next()) is not None:
+            try:
+                self.runner.open(admitted)
+            except Exception as error:
+                self.scheduler.remove(admitted.id)
+                events.append(admitted.abort(FinishReason.ERROR, f"{error}"))
         running = self.scheduler.running
-        events = self.runner.execute(self.scheduler.plan(), running)
+        if not running:
+            return events
+        plan = self.scheduler.plan()
+        for sequence_id in plan.preempted:
+            self.runner.forget(sequence_id)
+        events += self.runner.execute(plan, running)
         for sequence in [s for s in running.values() if s.finish_reason is not None]:
             self.scheduler.remove(sequence.id)
             self.runner.close(sequence)
+        if not self.scheduler.busy:
+            self.scheduler.check()
         return events
+
+    def check(self) -> None:
+        """Compare all books: every page free, cached or used by who runs; nothing left behind.
+
+        Raises:
+            AssertionError: they disagree, which is an error of this program.
+        """
+        self.scheduler.check()
+        assert self.runner.hidden.keys() <= self.scheduler.running.keys(), "state of who has ended"
 
     def abort(self, sequence_id: str) -> TokenEvent | None:
         """End a request now; its last event, or None if it is not in progress."""
@@ -262,6 +315,8 @@ def completion_of(sequence: Sequence, text: str) -> Completion:
         tokens=sequence.output,
         text=text,
         finish_reason=sequence.finish_reason,
+        error=sequence.error,
+        cached_tokens=sequence.n_cached,
         stats=replace(sequence.stats),
         times=replace(sequence.times),
         prefill_s=sequence.prefill_s,

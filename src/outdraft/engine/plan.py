@@ -1,6 +1,6 @@
 """What one step will do. Plain data, no tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The work of one step, in the order of its rows."""
+    """The work of one step, in the order of its rows.
+
+    `preempted` are sequences that gave up their memory for it; they wait and compute it again.
+    """
 
     work: list[Work]
+    preempted: list[str] = field(default_factory=list)
 
     @property
     def n_rows(self) -> int:

@@ -1,13 +1,17 @@
 """Doing one step: propose, forward, verify, roll back, commit.
 
 The plan says what runs; the tensors live here. One path for plain decoding (no drafts), drafting
-and prompts. Not here: who runs (scheduler.py), requests and text (engine.py).
+and prompts. A failure stays with who caused it: a drafter's costs drafts, a pass that fails is
+repeated in halves until the guilty sequence is alone, and what fails behind the pass ends its own
+sequence. Not here: who runs (scheduler.py), requests and text (engine.py).
 
 Shapes: B sequences, T rows, R rows with logits, K draft length, V vocabulary, H hidden size.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +19,33 @@ from torch import Tensor
 from outdraft.cache.memory import Memory, Span
 from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
 from outdraft.engine.graphs import Pass, TargetPass
-from outdraft.engine.plan import StepPlan
+from outdraft.engine.plan import StepPlan, Work
+from outdraft.engine.scheduler import most_cached
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
-from outdraft.request import TokenEvent
-from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
+from outdraft.request import FinishReason, TokenEvent
+from outdraft.speculate.drafter import Draft, Drafter, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict
+
+
+@dataclass(slots=True)
+class Faults:
+    """What went wrong since the start, and was contained."""
+
+    n_drafter: int = 0
+    n_pass: int = 0
+    n_request: int = 0
+    last_drafter_error: str = ""
+
+
+@dataclass(slots=True)
+class _Proposal:
+    """What a drafter gave for a step: its view, and the block of each sequence."""
+
+    view: TargetView | None
+    blocks: dict[str, Block]
+    accepted: dict[str, int]
 
 
 class Runner:
@@ -33,83 +57,202 @@ class Runner:
         self.memory = memory
         self.target_pass = TargetPass(target, memory)
         self.hidden: dict[str, Tensor] = {}
+        self.faults = Faults()
         self.logits_log: dict[str, list[Tensor]] | None = None
         """Set to a dict to record the logits [V] behind every emitted token, by sequence."""
 
     def open(self, sequence: Sequence) -> None:
-        """Begin a sequence."""
-        self.memory.open(sequence.id)
+        """Begin a sequence, with what the prefix cache has of its tokens."""
+        n_cached = self.memory.open(
+            sequence.id, sequence.tokens, sequence.request.cache_salt, most_cached(sequence)
+        )
+        sequence.n_computed = n_cached
+        if sequence.n_preempted == 0:
+            sequence.n_cached = n_cached
         if self.drafter is not None:
-            self.drafter.open(sequence.id)
+            self._drafter_call(self.drafter.open, sequence.id)
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence."""
         self.memory.close(sequence.id)
-        self.hidden.pop(sequence.id, None)
+        self.forget(sequence.id)
+
+    def forget(self, sequence_id: str) -> None:
+        """Forget what is kept of a sequence beside its memory."""
+        self.hidden.pop(sequence_id, None)
         if self.drafter is not None:
-            self.drafter.close(sequence.id)
+            self._drafter_call(self.drafter.close, sequence_id)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> list[TokenEvent]:
-        """Run a step; its events in the order of the plan."""
+        """Run a step; its events in the order of the plan.
+
+        Never raises for what one request or the drafter causes: the request ends with an event
+        that says `error`.
+        """
         start = time.perf_counter()
-        view, blocks = self._propose(plan, sequences)
+        proposal = self._propose(plan, sequences)
         drafted = time.perf_counter()
-        done = self._forward(plan, sequences, blocks)
-        forwarded = time.perf_counter()
-        events: list[TokenEvent] = []
-        accepted = {}
-        row = scored = 0
-        for work in plan.work:
-            sequence = sequences[work.sequence]
-            block = blocks.get(work.sequence, NO_DRAFTS)
-            n_rows = work.n_rows + len(block.tokens)
-            rows_H = done.hidden_TH[row : row + n_rows]
-            row += n_rows
-            self.memory.advance(sequence.id, n_rows)
-            report_prompt(self.target, sequence, rows_H)
-            if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
-                self._keep_rows(sequence, rows_H, work.n_rows)
-                continue
-            scores = slice(scored, scored + len(block.tokens) + 1)
-            scored = scores.stop
-            logits_RV = done.logits_RV[scores]
-            verdict = decide(sequence, block, logits_RV, done.best_R[scores])
-            self._keep_rows(sequence, rows_H, work.n_rows + verdict.n_accepted)
-            accepted[sequence.id] = verdict.n_accepted
-            events += self._commit(sequence, block, verdict, logits_RV)
-        if view is not None and self.drafter is not None:
-            self.drafter.commit(view, [accepted[s.id] for s in view.sequences])
-        self._clock(plan, sequences, start, drafted, forwarded)
+        forward_s, events = self._run(plan.work, sequences, proposal)
+        if proposal.view is not None and self.drafter is not None:
+            accepted = [proposal.accepted.get(s.id, 0) for s in proposal.view.sequences]
+            self._drafter_call(self.drafter.commit, proposal.view, accepted)
+        self._clock(plan, sequences, start, drafted, drafted + forward_s)
         return events
 
-    def _propose(
-        self, plan: StepPlan, sequences: Mapping[str, Sequence]
-    ) -> tuple[TargetView | None, dict[str, Block]]:
+    def _run(
+        self, work: Seq[Work], sequences: Mapping[str, Sequence], proposal: _Proposal
+    ) -> tuple[float, list[TokenEvent]]:
+        """One pass and what follows; in halves if the pass fails. Seconds of passes, and events."""
+        if not work:
+            return 0.0, []
+        start = time.perf_counter()
+        try:
+            done = self._forward(work, sequences, proposal.blocks)
+        except Exception as error:
+            self.faults.n_pass += 1
+            if len(work) > 1:
+                half = len(work) // 2
+                first_s, first = self._run(work[:half], sequences, proposal)
+                second_s, second = self._run(work[half:], sequences, proposal)
+                return first_s + second_s, first + second
+            sequence = sequences[work[0].sequence]
+            if proposal.blocks.pop(sequence.id, None) is not None:  # were it the drafts?
+                self._count_drafter_failure(error, [sequence])
+                return self._run(work, sequences, proposal)
+            return 0.0, [self._fail(sequence, error)]
+        forward_s = time.perf_counter() - start
+        events: list[TokenEvent] = []
+        row = scored = 0
+        for w in work:
+            sequence = sequences[w.sequence]
+            n_rows = w.n_rows + len(proposal.blocks.get(w.sequence, NO_DRAFTS).tokens)
+            n_scored = n_rows - w.n_rows + 1 if w.n_rows == sequence.n_pending else 0
+            rows_H = done.hidden_TH[row : row + n_rows]
+            scores = slice(scored, scored + n_scored)
+            row, scored = row + n_rows, scored + n_scored
+            n_tokens = len(sequence.tokens)
+            try:
+                own = Pass(rows_H, done.logits_RV[scores], done.best_R[scores])
+                events += self._finish(sequence, w, own, proposal)
+            except Exception as error:
+                del sequence.tokens[n_tokens:]
+                events.append(self._fail(sequence, error))
+        return forward_s, events
+
+    def _finish(
+        self, sequence: Sequence, work: Work, own: Pass, proposal: _Proposal
+    ) -> list[TokenEvent]:
+        """What follows the pass for one sequence, of whose rows `own` is the part."""
+        self.memory.advance(sequence.id, own.hidden_TH.shape[0])
+        report_prompt(self.target, sequence, own.hidden_TH)
+        if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
+            if not bool(torch.isfinite(own.hidden_TH).all()):
+                raise _not_finite()
+            self._keep_rows(sequence, own.hidden_TH, work.n_rows)
+            self._settle(sequence)
+            return []
+        block = proposal.blocks.get(sequence.id, NO_DRAFTS)
+        n_good = _n_finite(own)
+        if n_good == 0:
+            raise _not_finite()
+        if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
+            probs = block.probs_KV
+            block = Block(
+                block.tokens[: n_good - 1], None if probs is None else probs[: n_good - 1]
+            )
+        logits_RV, best_R = own.logits_RV[:n_good], own.best_R[:n_good]
+        verdict = decide(sequence, block, logits_RV, best_R)
+        self._keep_rows(sequence, own.hidden_TH, work.n_rows + verdict.n_accepted)
+        proposal.accepted[sequence.id] = verdict.n_accepted
+        events = self._commit(sequence, block, verdict, logits_RV)
+        self._settle(sequence)
+        return events
+
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
+        """End a request that caused an exception. Its memory is released when it is closed."""
+        self.faults.n_request += 1
+        message = str(error) if isinstance(error, OutdraftError) else _describe(error)
+        return sequence.abort(FinishReason.ERROR, message)
+
+    def _propose(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> _Proposal:
+        """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
+        nothing = _Proposal(None, {}, {})
         work = [w for w in plan.work if w.n_drafts > 0]
         if not work or self.drafter is None:
-            return None, {}
+            return nothing
+        try:
+            return self._ask(self.drafter, work, sequences)
+        except Exception as error:
+            if len(work) == 1:
+                self._count_drafter_failure(error, [sequences[work[0].sequence]])
+                return nothing
+        views: list[SequenceView] = []
+        blocks: dict[str, Block] = {}
+        for w in work:
+            try:
+                one = self._ask(self.drafter, [w], sequences)
+            except Exception as error:
+                self._count_drafter_failure(error, [sequences[w.sequence]])
+                continue
+            assert one.view is not None
+            views += one.view.sequences
+            blocks |= one.blocks
+        return _Proposal(self._view(views), blocks, {}) if views else nothing
+
+    def _ask(
+        self, drafter: Drafter, work: Seq[Work], sequences: Mapping[str, Sequence]
+    ) -> _Proposal:
         views = []
         for w in work:
             s = sequences[w.sequence]
-            views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, self.hidden[s.id]))
-        view = TargetView(views, self.memory, self.target.model.embed, self.target.ops)
-        draft = self.drafter.propose(view, max(w.n_drafts for w in work))
+            hidden_H = self.hidden.get(s.id)
+            views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, hidden_H))
+        view = self._view(views)
+        draft = drafter.propose(view, max(w.n_drafts for w in work))
+        self._check_draft(draft, len(work))
         blocks = {}
         for b, w in enumerate(work):
             n = min(w.n_drafts, draft.lengths[b])
             probs = draft.probs[b]
             block = Block(draft.tokens_BK[b, :n].tolist(), None if probs is None else probs[:n])
             blocks[w.sequence] = admissible(sequences[w.sequence], block)
-        return view, blocks
+        return _Proposal(view, blocks, {})
+
+    def _view(self, views: list[SequenceView]) -> TargetView:
+        return TargetView(views, self.memory, self.target.model.embed, self.target.ops)
+
+    def _check_draft(self, draft: Draft, n: int) -> None:
+        """A drafter that breaks its own rules must not get as far as the target's pass."""
+        vocab = self.target.config.vocab_size
+        if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
+            raise OutdraftError("the drafter answered for another number of sequences")
+        if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
+            raise OutdraftError("the drafter gave a length that its tokens do not have")
+        for tokens_K, k in zip(draft.tokens_BK, draft.lengths, strict=True):
+            if any(not 0 <= token < vocab for token in tokens_K[:k].tolist()):
+                raise OutdraftError("the drafter gave a token outside the vocabulary")
+
+    def _drafter_call(self, call: Callable[..., None], *arguments: object) -> None:
+        """Tell the drafter something; what it fails of costs nobody anything."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            self._count_drafter_failure(error, [])
+
+    def _count_drafter_failure(self, error: Exception, sequences: Seq[Sequence]) -> None:
+        self.faults.n_drafter += 1
+        self.faults.last_drafter_error = _describe(error)
+        for sequence in sequences:
+            sequence.n_failed_drafts += 1
 
     def _forward(
-        self, plan: StepPlan, sequences: Mapping[str, Sequence], blocks: Mapping[str, Block]
+        self, work: Seq[Work], sequences: Mapping[str, Sequence], blocks: Mapping[str, Block]
     ) -> Pass:
         tokens: list[int] = []
         wanted: list[int] = []
         spans = []
-        for w in plan.work:
+        for w in work:
             sequence = sequences[w.sequence]
             at, first = sequence.n_computed, len(tokens)
             drafts = blocks.get(w.sequence, NO_DRAFTS).tokens
@@ -118,20 +261,18 @@ class Runner:
             if w.n_rows == sequence.n_pending:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
-        done = self.target_pass.run(tokens, spans, wanted)
-        best_R1 = done.logits_RV.gather(-1, done.best_R[:, None].long()) if wanted else None
-        if best_R1 is not None and not bool(torch.isfinite(best_R1).all()):
-            raise OutdraftError(
-                "the model's logits are not finite", "try --dtype float32, or check the weights"
-            )
-        return done
+        return self.target_pass.run(tokens, spans, wanted)
 
     def _keep_rows(self, sequence: Sequence, rows_H: Tensor, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""
         self.memory.rollback(sequence.id, rows_H.shape[0] - n_kept)
-        self.memory.trim(sequence.id)
         sequence.n_computed += n_kept
         self.hidden[sequence.id] = rows_H[n_kept - 1].clone()
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Share pages of committed tokens with later requests, then free what is out of sight."""
+        self.memory.share(sequence.id, sequence.tokens)
+        self.memory.trim(sequence.id)
 
     def _commit(
         self, sequence: Sequence, block: Block, verdict: Verdict, logits_RV: Tensor
@@ -163,3 +304,20 @@ class Runner:
             sequence.times.draft_s += drafted - start
             sequence.times.forward_s += forwarded - drafted
             sequence.times.rest_s += end - forwarded
+
+
+def _n_finite(own: Pass) -> int:
+    """How many rows, from the front, have a finite best logit."""
+    best_R = own.logits_RV.gather(-1, own.best_R[:, None].long())[:, 0]
+    finite_R = torch.isfinite(best_R)
+    return len(finite_R) if bool(finite_R.all()) else finite_R.tolist().index(False)
+
+
+def _not_finite() -> OutdraftError:
+    return OutdraftError(
+        "the model's logits are not finite", "try --dtype float32, or check the weights"
+    )
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

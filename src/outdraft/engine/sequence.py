@@ -21,8 +21,10 @@ class Sequence:
     """A request's state. `tokens` is prompt and output; `n_computed` of them are in memory.
 
     `limit` is the number of tokens at which it ends: max_tokens or the context. `seed` is the
-    request's own or a drawn one. `end_ids` are the tokens that end it. `sampler` is there if its
-    options depend on the text so far.
+    request's own or a drawn one. `end_ids` are the tokens that end it. `arrival` orders it among
+    all requests; `served` is the last step that computed some of its prompt. `n_cached` prompt
+    tokens came from the prefix cache, `n_failed_drafts` times its drafter failed.
+    `sampler` is there if its options depend on the text so far.
     """
 
     request: Request
@@ -33,6 +35,12 @@ class Sequence:
     stop_strings: StopStrings
     tokens: list[int] = field(default_factory=list)
     n_computed: int = 0
+    arrival: int = 0
+    served: int = 0
+    n_cached: int = 0
+    n_preempted: int = 0
+    n_failed_drafts: int = 0
+    error: str | None = None
     finish_reason: FinishReason | None = None
     stats: DraftStats = field(default_factory=DraftStats)
     times: StepTimes = field(default_factory=StepTimes)
@@ -56,6 +64,29 @@ class Sequence:
     def n_pending(self) -> int:
         """Committed tokens that have not been through the target; 1 while decoding."""
         return len(self.tokens) - self.n_computed
+
+    @property
+    def resumed(self) -> bool:
+        """True while tokens that were emitted already are computed again."""
+        return self.n_pending > 1 and len(self.tokens) > len(self.request.prompt_tokens)
+
+    @property
+    def decoding(self) -> bool:
+        """True when the next row is the newest emitted token's, and drafts may follow it.
+
+        Never the last token of a prompt, however little of it is left: then a request's blocks,
+        and with them its random numbers, do not depend on chunks and cache hits.
+        """
+        return self.n_pending == 1 and len(self.tokens) > len(self.request.prompt_tokens)
+
+    @property
+    def n_prefill(self) -> int:
+        """Rows to compute before or with the next emitted token, when not decoding.
+
+        A resumed sequence stops short of its newest token: that one comes with drafts behind it,
+        as it would have if the sequence had never been interrupted.
+        """
+        return self.n_pending - 1 if self.resumed else self.n_pending
 
     @property
     def draft_room(self) -> int:
@@ -92,8 +123,11 @@ class Sequence:
 
     def abort(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """End without a further token; text held back so far comes out."""
-        self.finish_reason = reason
-        text = self._flush()
+        try:
+            text = self._flush()
+        except Exception:  # what the request failed of may be its text
+            text = ""
+        self.finish_reason, self.error = reason, error
         return TokenEvent(self.id, None, text, False, reason, error)
 
     def _advance(self, token: int) -> str:

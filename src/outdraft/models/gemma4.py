@@ -8,8 +8,9 @@ Shapes: T rows, K hidden size, H query heads, G key/value heads, D head dimensio
 L layers, P per-layer embedding size.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from outdraft.cache.memory import KVLayer
 from outdraft.models.gemma4_config import Gemma4Config, LayerKind
 from outdraft.models.layers import Attend, inverse_frequencies, rotary_table
 from outdraft.ops.base import Heads, Ops, Rotary, Weight
+from outdraft.ops.stored import StoredWeight, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -136,11 +138,11 @@ class Layer:
     inner: int
 
     @classmethod
-    def build(cls, weights: MutableMapping[str, Tensor], prefix: str, ops: Ops) -> "Layer":
-        """Take this layer's tensors out of `weights`."""
-        own = {
-            name.removeprefix(prefix).removesuffix(".weight"): weights.pop(name)
-            for name in list(weights)
+    def build(cls, weights: Mapping[str, Tensor | StoredWeight], prefix: str, ops: Ops) -> "Layer":
+        """Read this layer's tensors and pack them."""
+        own: dict[str, Any] = {
+            name.removeprefix(prefix).removesuffix(".weight"): weights[name]
+            for name in weights
             if name.startswith(prefix)
         }
         scalar = float(own.pop("layer_scalar").detach())
@@ -148,8 +150,8 @@ class Layer:
         qkv = [own.pop(name) for name in stacks if name in own]
         gate_up = [own.pop("mlp.gate_proj"), own.pop("mlp.up_proj")]
         matrices = {
-            "qkv": ops.pack(torch.cat(qkv)),
-            "gate_up": ops.pack(torch.cat(gate_up)),
+            "qkv": ops.pack(stack(qkv)),
+            "gate_up": ops.pack(stack(gate_up)),
         }
         norms = {}
         for name, tensor in own.items():
@@ -171,31 +173,32 @@ class Gemma4:
     def __init__(
         self,
         config: Gemma4Config,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Any],
         ops: Ops,
         n_positions: int | None = None,
     ) -> None:
-        """`weights`: canonical name -> tensor, as `expected_tensors` lists them.
+        """`weights`: canonical name -> tensor or, for compiled kernels, `StoredWeight`.
+
+        Names are as `expected_tensors` lists them; each is asked for once, when it is packed.
 
         `n_positions` is the longest sequence that will be run; None is the config's.
         """
         self.config = config
         self.ops = ops
-        rest = dict(weights)
-        self.layers = [Layer.build(rest, f"layers.{i}.", ops) for i in range(config.n_layers)]
-        embedding = rest.pop("embed_tokens.weight")
+        self.layers = [Layer.build(weights, f"layers.{i}.", ops) for i in range(config.n_layers)]
+        embedding = weights["embed_tokens.weight"]
         # The published models round the scale to the weights' type.
         self.embed_scale = float(torch.tensor(config.hidden_size**0.5).to(embedding.dtype))
         self.ple_scale = float(torch.tensor(config.ple_size**0.5).to(embedding.dtype))
         self.embedding = ops.pack(embedding, "embedding")
         self.head = self.embedding
         if not config.tie_word_embeddings:
-            self.head = ops.pack(rest.pop("lm_head.weight"), "embedding")
+            self.head = ops.pack(weights["lm_head.weight"], "embedding")
         if config.ple_size:
-            self.ple_table = ops.pack(rest.pop("embed_tokens_per_layer.weight"), "embedding")
-            self.ple_projection = ops.pack(rest.pop("per_layer_model_projection.weight"))
-            self.ple_norm = at_least_fp32(rest.pop("per_layer_projection_norm.weight"))
-        self.norm = at_least_fp32(rest.pop("norm.weight"))
+            self.ple_table = ops.pack(weights["embed_tokens_per_layer.weight"], "embedding")
+            self.ple_projection = ops.pack(weights["per_layer_model_projection.weight"])
+            self.ple_norm = at_least_fp32(weights["per_layer_projection_norm.weight"])
+        self.norm = at_least_fp32(weights["norm.weight"])
         n_positions = n_positions or config.max_position_embeddings
         self.rotary: dict[LayerKind, tuple[Tensor, Tensor]] = {
             kind: rotary_table(

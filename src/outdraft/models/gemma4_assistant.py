@@ -8,6 +8,7 @@ Shapes: T rows, K target hidden size, h own hidden size, V vocabulary, C centroi
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Gemma4Assistant:
     def __init__(
         self,
         config: AssistantConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Any],
         ops: Ops,
         n_positions: int | None = None,
     ) -> None:

@@ -4,7 +4,7 @@ Adding a family means adding a file beside this one and a line to `TARGETS`. Not
 (speculate/build.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
-from outdraft.weights.load import ExpectedTensor, IgnoreRule, LoadReport, load_tensors
+from outdraft.weights.int4 import int4_scheme
+from outdraft.weights.load import ExpectedTensor, IgnoreRule, LoadReport, Weights, open_tensors
 from outdraft.weights.quantise import is_int8_channel
 
 DTYPES = {
@@ -30,6 +31,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+CANDIDATES = 16  # scales tried for a row or group when quantising
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -41,7 +43,7 @@ class Family:
     expected_tensors: Callable[[Gemma4Config], dict[str, ExpectedTensor]]
     ignore_rules: Callable[[Gemma4Config], list[IgnoreRule]]
     memory_layers: Callable[[Gemma4Config], list[KVLayer]]
-    build: Callable[[Gemma4Config, Mapping[str, Tensor], Ops, int], gemma4.Gemma4]
+    build: Callable[[Gemma4Config, Mapping[str, Any], Ops, int], gemma4.Gemma4]
     prefixes: tuple[str, ...]
 
 
@@ -109,7 +111,7 @@ def choose_ops(
     config: EngineConfig,
     model: Gemma4Config,
     *,
-    int8_weights: bool,
+    stored_bits: int,
     weights: Iterable[Tensor],
     drafter: bool = False,
 ) -> Ops:
@@ -117,6 +119,10 @@ def choose_ops(
 
     A drafter is stored with at least 8 bits: it is small, and what it loses in accuracy it loses
     in acceptance.
+
+    Args:
+        stored_bits: of the checkpoint's weights: 4, 8 or 16.
+        weights: what the reference would multiply by; looked at for the reference only.
 
     Raises:
         ModelError: the kernels were asked for and cannot run this.
@@ -129,10 +135,11 @@ def choose_ops(
     if config.backend == "cpu" or kernels:
         quant = config.quant
         if quant == "auto":
-            quant = "w8" if int8_weights else "bf16"
+            quant = "w4" if stored_bits == 4 else "w8" if stored_bits == 8 else "bf16"
         if drafter and quant == "w4":
             quant = "w8"
-        return CpuOps(format=quant, kv_dtype=KV_DTYPES[config.kv_dtype])
+        kv_dtype = KV_DTYPES[config.kv_dtype]
+        return CpuOps(format=quant, kv_dtype=kv_dtype, candidates=CANDIDATES)
     matrices = [w for w in weights if w.ndim == 2 and w.is_floating_point()]
     return ReferenceOps() if rows_are_independent(matrices) else ReferenceOps(tile=1)
 
@@ -147,16 +154,45 @@ def load_target(path: Path, engine: EngineConfig) -> Target:
     family = family_of(raw, path)
     config = family.read_config(raw)
     torch_dtype = resolve_dtype(engine.dtype, config.dtype)
-    int8_weights = is_int8_channel(raw)
-    weights, report = load_tensors(
-        Checkpoint.open(path),
+    checkpoint = Checkpoint.open(path)
+    weights, report, bits = open_weights(
+        checkpoint,
+        raw,
         family.expected_tensors(config),
         family.ignore_rules(config),
         prefixes=family.prefixes,
         dtype=torch_dtype,
-        int8_channel=int8_weights,
     )
-    ops = choose_ops(engine, config, int8_weights=int8_weights, weights=weights.values())
+    ops = choose_ops(engine, config, stored_bits=bits, weights=weights.matrices())
+    weights.stored = isinstance(ops, CpuOps)
     n_positions = min(config.max_position_embeddings, engine.ctx_size or DEFAULT_CTX_SIZE)
     model = family.build(config, weights, ops, n_positions)
     return Target(path, family, config, model, report, torch_dtype, ops, n_positions)
+
+
+def open_weights(
+    checkpoint: Checkpoint,
+    raw: Mapping[str, Any],
+    expected: Mapping[str, ExpectedTensor],
+    ignore: Sequence[IgnoreRule],
+    *,
+    prefixes: Sequence[str],
+    dtype: torch.dtype,
+) -> tuple[Weights, LoadReport, int]:
+    """The tensors of a model as its config `raw` declares them, none read yet, and their bits.
+
+    Raises:
+        ModelError: a quantisation that is not supported, or tensors that do not fit the model.
+    """
+    four = int4_scheme(raw)
+    eight = four is None and is_int8_channel(raw)
+    weights, report = open_tensors(
+        checkpoint,
+        expected,
+        ignore,
+        prefixes=prefixes,
+        dtype=dtype,
+        int8_channel=eight,
+        int4=four,
+    )
+    return weights, report, 4 if four is not None else 8 if eight else 16

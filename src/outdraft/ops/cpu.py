@@ -7,6 +7,7 @@ Shapes: T rows, K inputs, N outputs, A experts or blocks used by a row, C blocks
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from outdraft.ops.kernels import Kernels
 from outdraft.ops.packed import Format, PackedLinear
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
+from outdraft.ops.stored import StoredWeight, pack_stored
 
 HEAD_DIM_MULTIPLE = 32  # halves of a head are turned sixteen at a time
 
@@ -62,14 +64,18 @@ class CpuOps(Kernels):
             return "bf16"
         return "w8" if role == "embedding" and self.format == "w4" else self.format
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
-        """See `Ops.pack`."""
+    def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
+        """See `Ops.pack`. A `StoredWeight` is packed chunk by chunk while it is read."""
+        if isinstance(weight, StoredWeight):
+            return pack_stored(weight, self.stored_as(role), self.candidates)
         if weight.dtype not in (torch.float32, torch.bfloat16):
             weight = weight.float()
         return PackedLinear.pack(weight, self.stored_as(role), candidates=self.candidates)
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> PackedLinear:
         """See `Ops.pack_blocks`."""
+        if isinstance(weight_VK, StoredWeight):
+            return self.pack(weight_VK.take(ids_CN), "embedding")
         return self.pack(weight_VK[ids_CN.long()], "embedding")
 
     def embed(self, weight: PackedLinear, token_T: Tensor, scale: float) -> Tensor:

@@ -8,14 +8,13 @@ from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig
-from outdraft.models.registry import Target, choose_ops
+from outdraft.models.registry import Target, choose_ops, open_weights
+from outdraft.ops.cpu import CpuOps
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config, read_json
 from outdraft.weights.find import find_assistant
-from outdraft.weights.load import load_tensors
-from outdraft.weights.quantise import is_int8_channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +77,18 @@ def read_assistant_config(path: Path) -> AssistantConfig:
 def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfig) -> Pairing:
     assistant = read_assistant_config(path)
     gemma4_assistant.check_pair(target.config, assistant)
-    int8_weights = is_int8_channel(read_config(path))
-    weights, _ = load_tensors(
+    weights, _, bits = open_weights(
         Checkpoint.open(path),
+        read_config(path),
         gemma4_assistant.expected_tensors(assistant),
         gemma4_assistant.ignore_rules(assistant),
         prefixes=gemma4_assistant.PREFIXES,
         dtype=target.dtype,
-        int8_channel=int8_weights,
     )
     ops = choose_ops(
-        config, assistant.text, int8_weights=int8_weights, weights=weights.values(), drafter=True
+        config, assistant.text, stored_bits=bits, weights=weights.matrices(), drafter=True
     )
+    weights.stored = isinstance(ops, CpuOps)
     model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
     kv_layers: dict[str, int] = {
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)

@@ -5,6 +5,7 @@ layers the last `window` of them); what earlier drafts said travels in the token
 carried hidden state. The assistant has no state of its own, so `commit` has nothing to do.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+ONE_STEP = 0  # as a number of steps: one, that the caller repeats with tokens of its own choice
+MAX_RECORDINGS = 16  # each keeps the scores of all its steps
+
 
 @dataclass(frozen=True, slots=True)
 class _Call:
@@ -37,13 +41,16 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """One recorded draft step for a number of sequences."""
+    """A recorded round, or one step of it, for a number of sequences.
+
+    `logits_BV` are the scores of the last step; `best` has the argmax of every step.
+    """
 
     call: _Call
     hidden_BH: Tensor
     program: Replayable
     logits_BV: Tensor
-    best_B: Tensor
+    best: list[Tensor]
 
 
 class Gemma4AssistantDrafter:
@@ -62,7 +69,7 @@ class Gemma4AssistantDrafter:
         self.recorder: CpuOps | None = None
         if isinstance(model.ops, CpuOps) and model.ordering_CN is None:
             self.recorder = model.ops
-        self.recordings: dict[int, _Recording] = {}
+        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
     def open(self, sequence: str) -> None:
@@ -78,6 +85,9 @@ class Gemma4AssistantDrafter:
         """See `Drafter.propose`."""
         call = self._prepare(view.memory, view.sequences)
         hidden_BH = torch.stack([_hidden(s) for s in view.sequences])
+        greedy = not self.sample_drafts or all(s.params.greedy for s in view.sequences)
+        if self.recorder is not None and greedy:
+            return self._recorded_round(self.recorder, view, call, hidden_BH, k)
         if self.recorder is not None:
             step = self._recorded_step(self.recorder, view, call, hidden_BH)
         else:
@@ -100,35 +110,65 @@ class Gemma4AssistantDrafter:
 
         return step
 
+    def _recorded_round(
+        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+    ) -> Draft:
+        """All k steps of most probable tokens in one replay."""
+        own = self._recording(ops, view, call, hidden_BH, k)
+        own.program.replay()
+        n = len(view.sequences)
+        tokens_BK = torch.stack(own.best, dim=1).long()
+        return Draft(tokens_BK=tokens_BK, probs=[None] * n, lengths=[k] * n)
+
     def _recorded_step(
         self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor
     ) -> Step:
-        n = len(view.sequences)
-        if n not in self.recordings:
-            self.recordings[n] = self._record(ops, view, call, hidden_BH.clone())
-        own = self.recordings[n]
-        own.call.numbers.copy_(call.numbers)
-        own.hidden_BH.copy_(hidden_BH)
+        own = self._recording(ops, view, call, hidden_BH, ONE_STEP)
 
         def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
             own.call.token_B.copy_(newest_B)
             own.program.replay()
-            return own.logits_BV, own.best_B
+            return own.logits_BV, own.best[0]
 
         return step
 
-    def _record(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor
+    def _recording(
+        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
     ) -> "_Recording":
-        """One step for this number of sequences; it leaves the carried state in `hidden_BH`."""
+        """That of this many sequences and steps, holding what the round begins with."""
+        key = (len(view.sequences), k)
+        if key not in self.recordings:
+            self.recordings[key] = self._record(ops, view, call, hidden_BH.clone(), k)
+            if len(self.recordings) > MAX_RECORDINGS:
+                self.recordings.popitem(last=False)
+        self.recordings.move_to_end(key)
+        own = self.recordings[key]
+        own.call.numbers.copy_(call.numbers)
+        own.hidden_BH.copy_(hidden_BH)
+        return own
+
+    def _record(
+        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+    ) -> "_Recording":
+        """k steps, the argmax of each embedded by the next.
+
+        With `ONE_STEP` the carried state is left in `hidden_BH`, where the next replay reads it.
+        """
         assert isinstance(view.ops, Recordable)
+        token_B, carried_BH = call.token_B, hidden_BH
+        best: list[Tensor] = []
         with recording(ops, view.ops) as program:
-            embedded_BH = view.embed(call.token_B)
-            normed_Bh = self.model.step(embedded_BH, hidden_BH, call.position_B, call.attend)
-            logits_BV = self.model.logits(normed_Bh)
-            best_B = ops.argmax(logits_BV)
-            ops.copy_rows(self.model.carry(normed_Bh), hidden_BH)
-        return _Recording(call, hidden_BH, program, logits_BV, best_B)
+            for i in range(max(k, 1)):
+                embedded_BH = view.embed(token_B)
+                normed_Bh = self.model.step(embedded_BH, carried_BH, call.position_B, call.attend)
+                logits_BV = self.model.logits(normed_Bh)
+                token_B = ops.argmax(logits_BV)
+                best.append(token_B)
+                if i + 1 < k or k == ONE_STEP:
+                    carried_BH = self.model.carry(normed_Bh)
+            if k == ONE_STEP:
+                ops.copy_rows(carried_BH, hidden_BH)
+        return _Recording(call, hidden_BH, program, logits_BV, best)
 
     def _prepare(self, memory: Memory, sequences: Sequence[SequenceView]) -> "_Call":
         """One query a sequence, over the keys that the target has verified."""

@@ -4,11 +4,12 @@ Here: finding the files, the shard index, a checked list of tensors, reading one
 here: which tensors a model expects (load). Pickle files are never opened.
 """
 
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from outdraft.errors import ModelError, WeightsError
 from outdraft.weights.config import CONFIG_NAME, read_json
@@ -26,7 +27,9 @@ class Checkpoint:
     def __init__(self, directory: Path, specs: dict[str, TensorSpec]) -> None:
         self.directory = directory
         self._specs = specs
-        self._open_files: dict[str, Any] = {}
+        self._open_files: dict[str, FileIO] = {}
+        self.on_read: Callable[[int], None] | None = None
+        """Told the number of bytes after every read."""
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -62,22 +65,57 @@ class Checkpoint:
         return self._specs[name]
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU in the file's dtype, backed by the mapped file: do not write to it.
+        """One tensor on the CPU in the file's dtype, in memory of its own.
 
         Raises:
             WeightsError: the file has changed or gone since the checkpoint was opened.
         """
         spec = self._specs[name]
+        return self._read(name, 0, spec.n_params).view(spec.shape)
+
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Rows `first` onwards of a tensor of at least one dimension; see `get`."""
+        spec = self._specs[name]
+        assert first >= 0 and first + count <= spec.shape[0]
+        width = spec.n_params // max(1, spec.shape[0])
+        return self._read(name, first * width, count * width).view(count, *spec.shape[1:])
+
+    def flat_rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Rows of a tensor [E, N, K] seen as [E * N, K]; see `get`."""
+        width = self._specs[name].shape[-1]
+        return self._read(name, first * width, count * width).view(count, width)
+
+    def _read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Elements of a tensor.
+
+        Read, not mapped: mapped pages would count as this process's memory until the system wants
+        them back, may be unaligned, and end the process when the file shrinks.
+        """
+        spec = self._specs[name]
+        if count == 0:
+            return torch.empty(0, dtype=spec.dtype)
         path = self.directory / spec.file
+        buffer = bytearray(count * spec.dtype.itemsize)
         try:
             if spec.file not in self._open_files:
-                self._open_files[spec.file] = safe_open(path, framework="pt")
-            tensor: torch.Tensor = self._open_files[spec.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+                self._open_files[spec.file] = path.open("rb", buffering=0)
+            stream = self._open_files[spec.file]
+            stream.seek(spec.begin + first * spec.dtype.itemsize)
+            view, done = memoryview(buffer), 0
+            while done < len(buffer):
+                n_read = stream.readinto(view[done:])
+                if not n_read:
+                    raise WeightsError(
+                        f"{path}: {name!r} cannot be read: it ends too early", DOWNLOAD_AGAIN
+                    )
+                done += n_read
+        except OSError as error:
             raise WeightsError(
                 f"{path}: {name!r} cannot be read: {error}", DOWNLOAD_AGAIN
             ) from error
-        return tensor
+        if self.on_read is not None:
+            self.on_read(len(buffer))
+        return torch.frombuffer(buffer, dtype=spec.dtype)
 
     @property
     def n_bytes(self) -> int:

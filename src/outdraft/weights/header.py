@@ -41,11 +41,15 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a header says of one tensor. `file` is the name of its file, without the directory."""
+    """What a header says of one tensor.
+
+    `file` is the name of its file, without the directory; `begin` the byte where its data begins.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
+    begin: int
 
     @property
     def n_params(self) -> int:
@@ -79,7 +83,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
-        specs[name], begin, end = _parse_entry(path, name, entry)
+        specs[name], begin, end = _parse_entry(path, name, entry, LENGTH_BYTES + length)
         spans.append((begin, end, name))
     _check_spans(path, spans, data_bytes=file_bytes - LENGTH_BYTES - length)
     return specs
@@ -116,7 +120,7 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+def _parse_entry(path: Path, name: str, entry: Any, data_begin: int) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -129,8 +133,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, in
         raise _damaged(path, f"tensor {name!r} has the impossible shape {shape!r:.80}")
     if not _sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"tensor {name!r} has impossible data offsets {offsets!r:.80}")
-    spec = TensorSpec(tuple(shape), DTYPES[dtype_name], path.name)
     begin, end = offsets
+    spec = TensorSpec(tuple(shape), DTYPES[dtype_name], path.name, data_begin + begin)
     if end - begin != spec.n_bytes:
         raise _damaged(
             path, f"tensor {name!r} needs {spec.n_bytes} bytes, its offsets hold {end - begin}"

@@ -1,20 +1,23 @@
 """From the tensors a checkpoint has to the tensors a model expects: every one accounted for.
 
-Here: names and prefixes, the strict check, conversion to the compute dtype. Not here: what each
-family expects and may ignore (models/), and announcing what was ignored (cli/).
+Here: names and prefixes, the strict check, reading one tensor when it is asked for. Not here: what
+each family expects and may ignore (models/), packed int4 (int4.py), announcing what was ignored
+(cli/).
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from outdraft.errors import WeightsError
+from outdraft.ops.stored import Form, Int8Rows, Rows, StoredWeight
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.header import TensorSpec
-from outdraft.weights.quantise import SCALE_SUFFIX, dequantise_rows
+from outdraft.weights.int4 import Int4Scheme, Int4Source, find_int4
+from outdraft.weights.quantise import SCALE_SUFFIX
 
 _MAX_LISTED = 8
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -71,12 +74,122 @@ class _Plan:
 
     checkpoint: Checkpoint
     int8_channel: bool
+    int4: Int4Scheme | None = None
     sources: dict[str, str] = field(default_factory=dict)  # canonical name -> name in the file
     scales: dict[str, str] = field(default_factory=dict)  # canonical name -> its scale in the file
+    packed: dict[str, Int4Source] = field(default_factory=dict)  # by canonical name
     missing: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)  # wrong shape or dtype, in words
     unexpected: list[str] = field(default_factory=list)
     ignored: dict[str, list[str]] = field(default_factory=dict)  # reason -> names in the file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sources or name in self.packed
+
+
+class Weights(Mapping[str, torch.Tensor | StoredWeight]):
+    """The tensors of a checkpoint by canonical name; each is read when it is asked for.
+
+    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows.
+    """
+
+    def __init__(
+        self,
+        plan: _Plan,
+        expected: Mapping[str, ExpectedTensor],
+        dtype: torch.dtype,
+        stored: bool,
+    ) -> None:
+        self._plan = plan
+        self._expected = expected
+        self._dtype = dtype
+        self.stored = stored
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._expected if name in self._plan)
+
+    def __len__(self) -> int:
+        return len(self._plan.sources) + len(self._plan.packed)
+
+    def __getitem__(self, name: str) -> torch.Tensor | StoredWeight:
+        """The tensor `name`, contiguous and independent of the files.
+
+        Raises:
+            WeightsError: the file has changed or gone since it was opened.
+        """
+        wanted = self._expected[name]
+        if len(wanted.shape) >= 2 and wanted.dtype is None:
+            weight = self._stored(name, wanted.shape)
+            return weight if self.stored else weight.floats()
+        tensor = self._plan.checkpoint.get(self._plan.sources[name])
+        return tensor.to(wanted.dtype or self._dtype)
+
+    def matrices(self) -> Iterator[torch.Tensor]:
+        """A random tensor for each shape of a matrix, one at a time."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = {spec.shape for spec in self._expected.values() if len(spec.shape) == 2}
+        for shape in sorted(shapes):
+            yield torch.randn(shape, generator=generator).to(self._dtype)
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
+        plan = self._plan
+        if name in plan.packed:
+            four = plan.packed[name]
+            return StoredWeight(
+                name, shape, self._dtype, "int4", four.read, four.group, four.zero_points
+            )
+        checkpoint, source = plan.checkpoint, plan.sources[name]
+        scale = plan.scales.get(name)
+
+        def read(block: int, first: int, count: int) -> Rows:
+            if len(shape) == 3:
+                first += block * shape[1]
+                rows = checkpoint.flat_rows(source, first, count)
+            else:
+                rows = checkpoint.rows(source, first, count)
+            if scale is None:
+                return rows.to(self._dtype)
+            return Int8Rows(rows, checkpoint.rows(scale, first, count)[:, 0].float())
+
+        form: Form = "float" if scale is None else "int8"
+        return StoredWeight(name, shape, self._dtype, form, read)
+
+
+def open_tensors(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, ExpectedTensor],
+    ignore: Sequence[IgnoreRule],
+    *,
+    prefixes: Sequence[str],
+    dtype: torch.dtype,
+    int8_channel: bool = False,
+    int4: Int4Scheme | None = None,
+    stored: bool = False,
+) -> tuple[Weights, LoadReport]:
+    """Finds every expected tensor and accounts for every other one; reads none of them.
+
+    Args:
+        checkpoint: the files.
+        expected: by canonical name, e.g. `layers.0.self_attn.q_proj.weight`.
+        ignore: what else the file may hold; an expected name is never ignored.
+        prefixes: what may stand before canonical names in the file, in order of preference. The
+            first under which any expected name is found holds for all; a name without any prefix
+            (`lm_head.weight`) is found too.
+        dtype: compute dtype, of the result's floating tensors.
+        int8_channel: the config declares int8 weights (`quantise.is_int8_channel`).
+        int4: what the config declares of packed int4 weights.
+        stored: give matrices as `StoredWeight`; else quantised ones are dequantised.
+
+    Returns:
+        Tensors by canonical name and a report.
+
+    Raises:
+        WeightsError: one error with all that is missing, unexpected, misshapen or of a wrong dtype.
+    """
+    plan = _Plan(checkpoint, int8_channel, int4)
+    _plan_all(plan, expected, ignore, prefixes)
+    _raise_problems(plan)
+    return Weights(plan, expected, dtype, stored), _report(plan)
 
 
 def load_tensors(
@@ -87,38 +200,24 @@ def load_tensors(
     prefixes: Sequence[str],
     dtype: torch.dtype,
     int8_channel: bool = False,
+    int4: Int4Scheme | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """Loads every expected tensor and accounts for every other one.
-
-    Args:
-        checkpoint: the files.
-        expected: by canonical name, e.g. `layers.0.self_attn.q_proj.weight`.
-        ignore: what else the file may hold; an expected name is never ignored.
-        prefixes: what may stand before canonical names in the file, in order of preference. The
-            first under which any expected name is found holds for all; a name without any prefix
-            (`lm_head.weight`) is found too.
-        dtype: compute dtype, of the result's floating tensors.
-        int8_channel: the config declares int8 weights (`quantise.is_int8_channel`): they are
-            dequantised.
-
-    Returns:
-        Tensors by canonical name, contiguous on the CPU and independent of the files, and a report.
-
-    Raises:
-        WeightsError: one error with all that is missing, unexpected, misshapen or of a wrong dtype.
-    """
-    plan = _Plan(checkpoint, int8_channel)
-    _plan_all(plan, expected, ignore, prefixes)
-    _raise_problems(plan)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, source in plan.sources.items():
-        tensor = checkpoint.get(source)
-        if name in plan.scales:
-            tensors[name] = dequantise_rows(tensor, checkpoint.get(plan.scales[name]), dtype)
-        else:
-            # a copy: mapped memory is unaligned and fails when the file is replaced
-            tensors[name] = tensor.to(expected[name].dtype or dtype, copy=True)
-    return tensors, _report(plan)
+    """All tensors of `open_tensors` at once, dequantised."""
+    weights, report = open_tensors(
+        checkpoint,
+        expected,
+        ignore,
+        prefixes=prefixes,
+        dtype=dtype,
+        int8_channel=int8_channel,
+        int4=int4,
+    )
+    tensors = {}
+    for name in weights:
+        tensor = weights[name]
+        assert isinstance(tensor, torch.Tensor)
+        tensors[name] = tensor
+    return tensors, report
 
 
 def find_prefix(
@@ -145,10 +244,31 @@ def _plan_all(
         source = next((found for found in spellings if found in plan.checkpoint), None)
         if source is not None:
             _plan_tensor(plan, name, source, wanted)
+            continue
+        four = _find_packed(plan, spellings, wanted)
+        if four is not None:
+            plan.packed[name] = four
         elif not wanted.optional:
             plan.missing.append(prefix + name)
     used = {*plan.sources.values(), *plan.scales.values()}
+    for four in plan.packed.values():
+        used.update(four.names)
     _plan_rest(plan, [name for name in names if name not in used], prefix, ignore)
+
+
+def _find_packed(
+    plan: _Plan, spellings: Sequence[str], wanted: ExpectedTensor
+) -> Int4Source | None:
+    """The packed int4 tensors that stand for one weight; what is wrong with them is noted."""
+    if plan.int4 is None or len(wanted.shape) != 2:
+        return None
+    n, k = wanted.shape
+    for spelling in spellings:
+        found = find_int4(plan.checkpoint, spelling, (n, k), plan.int4)
+        if found is not None:
+            plan.misfits += found.problems
+            return found
+    return None
 
 
 def _plan_tensor(plan: _Plan, name: str, source: str, wanted: ExpectedTensor) -> None:
@@ -225,6 +345,8 @@ def _report(plan: _Plan) -> LoadReport:
     for source in plan.sources.values():
         spec = plan.checkpoint.spec(source)
         params_by_dtype[_short(spec.dtype)] += spec.n_params
+    for four in plan.packed.values():
+        params_by_dtype["int4"] += four.n_params
     ignored = tuple(
         IgnoredGroup(
             reason=reason,
@@ -234,7 +356,9 @@ def _report(plan: _Plan) -> LoadReport:
         )
         for reason, names in plan.ignored.items()
     )
-    return LoadReport(len(plan.sources), params_by_dtype.total(), params_by_dtype, ignored)
+    return LoadReport(
+        len(plan.sources) + len(plan.packed), params_by_dtype.total(), params_by_dtype, ignored
+    )
 
 
 def _short(dtype: torch.dtype) -> str:
