@@ -74,6 +74,11 @@ def chat(
         max_sequences=1,
         threads=threads,
     )
+    start(model, config, params, system)
+
+
+def start(model: str, config: EngineConfig, params: SamplingParams, system: str | None) -> None:
+    """Load the model and begin."""
     from outdraft.cli.streaming import load
 
     llm = load(model, config)
