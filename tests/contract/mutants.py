@@ -250,7 +250,7 @@ def peeks_behind_the_rejection(q: Table) -> Propose:
 
 def counts_would_be_acceptances(setting: Setting) -> Decoder:
     """Drafts on only if a draft at this position would have been accepted behind a rejection."""
-    honest = argmax_drafts(setting.q)
+    honest = sampled_drafts(setting.q)
     start = 0
     kept: list[bool] = []
 
@@ -363,7 +363,7 @@ MUTANTS = [
     ),
     drafted("unlikely drafts dropped", lambda s: drops_unlikely_drafts(s.q)),
     drafted("length from drafts behind a rejection", lambda s: peeks_behind_the_rejection(s.q)),
-    Mutant("length from would-be acceptances", counts_would_be_acceptances, drafts="argmax"),
+    Mutant("length from would-be acceptances", counts_would_be_acceptances),
     streamed("ACCEPT and TARGET share a stream", same_stream(Purpose.ACCEPT, Purpose.TARGET)),
     streamed("DRAFT and ACCEPT share a stream", same_stream(Purpose.DRAFT, Purpose.ACCEPT)),
     streamed("DRAFT and TARGET share a stream", same_stream(Purpose.DRAFT, Purpose.TARGET)),

@@ -6,15 +6,18 @@ distributions are formed (sampling/), what happens to memory afterwards (runner.
 Shapes: K drafts, R = K + 1 rows with logits, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from outdraft.engine.sequence import Sequence
-from outdraft.sampling.logits import distribution
-from outdraft.sampling.sampler import Purpose, uniform
-from outdraft.speculate.verify import Verdict, verify_greedy, verify_sampled
+from outdraft.models.registry import Target
+from outdraft.ops.reference import pad_rows
+from outdraft.request import Logprobs
+from outdraft.sampling.logits import candidates, distribution, greedy, logprobs
+from outdraft.sampling.sampler import Purpose, sample, uniform
+from outdraft.speculate.verify import Verdict, verify_greedy, verify_own, verify_sampled
 
 
 @dataclass(slots=True)
@@ -26,23 +29,135 @@ class Block:
 
 
 NO_DRAFTS = Block([])
+PROMPT_ROWS = 32
+
+
+def admissible(sequence: Sequence, block: Block) -> Block:
+    """The block up to the first draft that the grammar forbids, or the grammar's own tokens.
+
+    Drafts that were drawn end behind that one, not before it: that a draft is dropped must not
+    depend on what was drawn (speculate/verify.py).
+    """
+    state = sequence.sampler
+    if state is None or not block.tokens:
+        return block
+    if state.grammar is not None and state.thinking is None:
+        forced = state.grammar.forced_tokens()[: len(block.tokens)]
+        if forced:
+            return Block(forced)
+    n = state.n_allowed(block.tokens)
+    if block.probs_KV is None:
+        return replace(block, tokens=block.tokens[:n])
+    return Block(block.tokens[: n + 1], block.probs_KV[: n + 1])
 
 
 def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best_R: Tensor) -> Verdict:
-    """Verify a block.
+    """Verify a block. The sequence's sampler is left as it was; `Sequence.keep` advances it.
 
     Args:
         sequence: as it was when the block was drafted.
         block: its drafts.
         logits_RV: fp32, of the newest committed token and of every draft.
         best_R: int32, the lowest id of the largest logit of each row.
+
+    Raises:
+        OutdraftError: this sequence cannot go on (a grammar without fuel, no token left).
     """
-    params, drafts = sequence.request.params, torch.tensor(block.tokens, dtype=torch.int64)
-    if params.greedy:
-        return verify_greedy(drafts, best_R)
+    params = sequence.request.params
+    if params.greedy and sequence.sampler is None:
+        return verify_greedy(torch.tensor(block.tokens, dtype=torch.int64), best_R)
+    rows = _Rows(sequence, block, logits_RV)
+    state = sequence.sampler
+    if state is not None:
+        state.mark()
+    try:
+        if block.probs_KV is None:
+            return verify_own(block.tokens, rows.draw)
+        return _drawn(sequence, block, rows)
+    finally:
+        if state is not None:
+            state.rewind()
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The target's rows with the sequence's options, formed one after another as drafts stay."""
+
+    sequence: Sequence
+    block: Block
+    logits_RV: Tensor
+
+    def draw(self, i: int) -> int:
+        """The target's own token of row i; called in order, when drafts 0 .. i - 1 have stayed."""
+        sequence, params, state = self.sequence, self.sequence.request.params, self.sequence.sampler
+        if state is not None and i > 0:
+            state.push(self.block.tokens[i - 1])
+        forced = None if state is None else state.forced()
+        if forced is not None:
+            return forced
+        row_V = self.logits_RV[i] if state is None else state.process(self.logits_RV[i])
+        if params.greedy:
+            return int(greedy(row_V[None])[0])
+        ids_C, probs_C = candidates(row_V, params)
+        at = sample(probs_C, uniform(sequence.seed, len(sequence.tokens) + i, Purpose.TARGET))
+        return at if ids_C is None else int(ids_C[at])
+
+    def probs(self, i: int) -> Tensor:
+        """p of row i, [V]; called like `draw`."""
+        params, state = self.sequence.request.params, self.sequence.sampler
+        if state is not None and i > 0:
+            state.push(self.block.tokens[i - 1])
+        forced = None if state is None else state.forced()
+        if forced is not None:
+            point_V = torch.zeros_like(self.logits_RV[i])
+            point_V[forced] = 1.0
+            return point_V
+        row_V = self.logits_RV[i] if state is None else state.process(self.logits_RV[i])
+        return distribution(row_V[None], params)[0]
+
+
+def _drawn(sequence: Sequence, block: Block, rows: _Rows) -> Verdict:
+    """Drafts drawn from q. Rows behind one that p excludes are not formed: they cannot count."""
     n = len(sequence.tokens)
+    p = [rows.probs(0)]
+    for i, token in enumerate(block.tokens):
+        if not p[i][token] > 0:
+            break
+        p.append(rows.probs(i + 1))
+    p += [p[-1]] * (len(block.tokens) + 1 - len(p))
     positions = range(n, n + len(block.tokens) + 1)
-    accept_K = [uniform(sequence.seed, p, Purpose.ACCEPT) for p in positions[:-1]]
-    final_R = [uniform(sequence.seed, p, Purpose.TARGET) for p in positions]
-    p_RV = distribution(logits_RV, params)
-    return verify_sampled(drafts, block.probs_KV, p_RV, accept_K, final_R)
+    accept_K = [uniform(sequence.seed, at, Purpose.ACCEPT) for at in positions[:-1]]
+    final_R = [uniform(sequence.seed, at, Purpose.TARGET) for at in positions]
+    drafts = torch.tensor(block.tokens, dtype=torch.int64)
+    return verify_sampled(drafts, block.probs_KV, torch.stack(p), accept_K, final_R)
+
+
+def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[Logprobs] | None:
+    """The target's own log-probabilities of emitted tokens, where the request asks for them."""
+    n_top = sequence.request.params.logprobs
+    if n_top is None:
+        return None
+    return [logprobs(logits_RV[i], token, n_top) for i, token in enumerate(tokens)]
+
+
+def report_prompt(target: Target, sequence: Sequence, rows_H: Tensor) -> None:
+    """Log-probabilities of the prompt's tokens, where asked for, from a chunk's hidden states.
+
+    Args:
+        target: scores the rows, some at a time: all of a chunk at once could be gigabytes.
+        sequence: `n_computed` is still that of before the chunk.
+        rows_H: final hidden states of the chunk.
+    """
+    n_top, prompt = sequence.request.params.prompt_logprobs, sequence.request.prompt_tokens
+    if n_top is None or sequence.n_computed >= len(prompt):
+        return
+    found = sequence.prompt_logprobs
+    if not found:
+        found.append(None)
+    for first in range(0, rows_H.shape[0], PROMPT_ROWS):
+        chunk_H = rows_H[first : first + PROMPT_ROWS]
+        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple))
+        for i in range(chunk_H.shape[0]):
+            at = sequence.n_computed + first + i + 1
+            if at == len(found) and at < len(prompt):  # not those of a prompt computed again
+                found.append(logprobs(logits_RV[i], prompt[at], n_top))

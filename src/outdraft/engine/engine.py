@@ -15,14 +15,15 @@ import torch
 from outdraft import _core
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
+from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
-from outdraft.errors import OutdraftError, PromptError
+from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps
-from outdraft.request import FinishReason, Request, SamplingParams, TokenEvent
+from outdraft.request import FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
 from outdraft.speculate.stats import DraftStats, StepTimes
 from outdraft.text.chat import ChatTemplate
@@ -36,6 +37,8 @@ class Completion:
     """What one request produced. Times are seconds: `prefill_s` up to the first token.
 
     `cached_tokens` of the prompt came from the prefix cache and were not computed.
+    `logprobs` and `prompt_logprobs` are by token, and empty unless asked for; the first token of a
+    prompt has none.
     """
 
     prompt_tokens: list[int]
@@ -48,6 +51,8 @@ class Completion:
     times: StepTimes = field(default_factory=StepTimes)
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
     @property
     def timings(self) -> dict[str, float | int]:
@@ -90,6 +95,7 @@ class LLM:
         self.pairing = build_drafter(self.target, self.config)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
+        self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
         self.ctx_size = self.target.ctx_size
         family = self.target.family
         self.memory = Memory(
@@ -170,11 +176,17 @@ class LLM:
 
         Raises:
             PromptError: the prompt cannot be run.
+            SamplingError: the model cannot meet an option, or n is not 1.
         """
         params = params or SamplingParams()
+        if params.n != 1:
+            raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt)
+        request_id = f"r{next(self._ids)}"
+        if params.prompt_logprobs is not None:  # what is not computed has no scores to report
+            cache_salt = f"{request_id} alone"
+        request = Request(request_id, prompt_tokens, params, cache_salt)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)
@@ -189,6 +201,7 @@ class LLM:
             detokenizer=IncrementalDetokenizer(self.tokenizer, list(prompt_tokens)),
             stop_strings=StopStrings(params.stop),
             tokens=list(prompt_tokens),
+            sampler=self.samplers.start(params, prompt_tokens, frozenset(end_ids)),
         )
 
     def add(
@@ -273,10 +286,15 @@ class LLM:
         prompts: Seq[str | Seq[int]],
         params: SamplingParams | Seq[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Run many requests, as many at once as `max_sequences` allows; results in their order."""
+        """Run many requests, as many at once as `max_sequences` allows; results in their order.
+
+        Where `n` is above 1, the n completions of a prompt follow one another.
+        """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
-        sequences = [self.add(p, q) for p, q in zip(prompts, params, strict=True)]
+        sequences = [
+            self.add(p, one) for p, q in zip(prompts, params, strict=True) for one in _each(q)
+        ]
         texts: dict[str, list[str]] = {s.id: [] for s in sequences}
         while any(s.finish_reason is None for s in sequences):
             for event in self.step():
@@ -304,6 +322,8 @@ def completion_of(sequence: Sequence, text: str) -> Completion:
         times=replace(sequence.times),
         prefill_s=sequence.prefill_s,
         decode_s=sequence.decode_s,
+        logprobs=list(sequence.logprobs),
+        prompt_logprobs=list(sequence.prompt_logprobs),
     )
 
 
@@ -320,6 +340,12 @@ def set_threads(n_threads: int | None, *, compiled: bool) -> None:
     n_threads = n_threads or max(torch.get_num_threads(), _core.threads())
     torch.set_num_threads(1 if compiled else n_threads)
     _core.set_threads(n_threads if compiled else 1)
+
+
+def _each(params: SamplingParams) -> list[SamplingParams]:
+    if params.n == 1:
+        return [params]
+    return params.split(secrets.randbits(62) if params.seed is None else params.seed)
 
 
 def _rate(n: int, seconds: float) -> float:

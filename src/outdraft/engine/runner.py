@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.decide import NO_DRAFTS, Block, decide
+from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
 from outdraft.engine.graphs import Pass, TargetPass
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
@@ -145,6 +145,7 @@ class Runner:
     ) -> list[TokenEvent]:
         """What follows the pass for one sequence, of whose rows `own` is the part."""
         self.memory.advance(sequence.id, own.hidden_TH.shape[0])
+        report_prompt(self.target, sequence, own.hidden_TH)
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
             if not bool(torch.isfinite(own.hidden_TH).all()):
                 raise _not_finite()
@@ -214,9 +215,8 @@ class Runner:
         for b, w in enumerate(work):
             n = min(w.n_drafts, draft.lengths[b])
             probs = draft.probs[b]
-            blocks[w.sequence] = Block(
-                draft.tokens_BK[b, :n].tolist(), None if probs is None else probs[:n]
-            )
+            block = Block(draft.tokens_BK[b, :n].tolist(), None if probs is None else probs[:n])
+            blocks[w.sequence] = admissible(sequences[w.sequence], block)
         return _Proposal(view, blocks, {})
 
     def _view(self, views: list[SequenceView]) -> TargetView:
@@ -278,7 +278,8 @@ class Runner:
         self, sequence: Sequence, block: Block, verdict: Verdict, logits_RV: Tensor
     ) -> list[TokenEvent]:
         tokens = [*block.tokens[: verdict.n_accepted], verdict.token]
-        events = sequence.keep(tokens, verdict.n_accepted)
+        logprobs = reported(sequence, tokens, logits_RV)
+        events = sequence.keep(tokens, verdict.n_accepted, logprobs)
         sequence.stats.count(len(block.tokens), verdict.n_accepted, len(events))
         if self.logits_log is not None:
             self.logits_log.setdefault(sequence.id, []).extend(logits_RV[: len(events)].clone())

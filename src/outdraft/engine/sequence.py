@@ -5,11 +5,15 @@ the same event: keep the first n of these tokens. `Sequence.keep` is it. No tens
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from outdraft.errors import PromptError
-from outdraft.request import FinishReason, Request, TokenEvent
+from outdraft.request import FinishReason, Logprobs, Request, TokenEvent
 from outdraft.speculate.stats import DraftStats, StepTimes
 from outdraft.text.stream import IncrementalDetokenizer, StopStrings
+
+if TYPE_CHECKING:
+    from outdraft.sampling.state import SamplerState
 
 
 @dataclass(slots=True)
@@ -17,9 +21,10 @@ class Sequence:
     """A request's state. `tokens` is prompt and output; `n_computed` of them are in memory.
 
     `limit` is the number of tokens at which it ends: max_tokens or the context. `seed` is the
-    request's own or a drawn one. `end_ids` are the tokens that end it. `arrival` orders it among
-    all requests; `served` is the last step that computed some of its prompt. `n_cached` prompt
-    tokens came from the prefix cache, `n_failed_drafts` times its drafter failed.
+    request's own or a drawn one. `end_ids` are the tokens that end it. `sampler` is there if its
+    options depend on the text so far. `arrival` orders it among all requests; `served` is the last
+    step that computed some of its prompt. `n_cached` prompt tokens came from the prefix cache,
+    `n_failed_drafts` times its drafter failed.
     """
 
     request: Request
@@ -41,6 +46,9 @@ class Sequence:
     times: StepTimes = field(default_factory=StepTimes)
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    sampler: "SamplerState | None" = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -85,12 +93,15 @@ class Sequence:
         """Most drafts that can be of use: the target adds one token of its own to them."""
         return self.limit - len(self.tokens) - 1
 
-    def keep(self, tokens: list[int], n_drafted: int) -> list[TokenEvent]:
+    def keep(
+        self, tokens: list[int], n_drafted: int, logprobs: list[Logprobs] | None = None
+    ) -> list[TokenEvent]:
         """Add verified tokens until the first that ends the sequence.
 
         Args:
             tokens: what verification let through, in order, at least one.
             n_drafted: how many of them, from the front, were drafts.
+            logprobs: the target's, of each token, where asked for.
 
         Returns:
             One event for each token kept; the rest of the block is dropped.
@@ -99,9 +110,15 @@ class Sequence:
         for i, token in enumerate(tokens):
             self.tokens.append(token)
             text = self._advance(token)
-            events.append(TokenEvent(self.id, token, text, i < n_drafted, self.finish_reason))
+            own = None if logprobs is None else logprobs[i]
+            if own is not None:
+                self.logprobs.append(own)
+            reason = self.finish_reason
+            events.append(TokenEvent(self.id, token, text, i < n_drafted, reason, logprobs=own))
             if self.finish_reason is not None:
                 break
+            if self.sampler is not None:
+                self.sampler.push(token)
         return events
 
     def abort(self, reason: FinishReason, error: str | None = None) -> TokenEvent:

@@ -189,25 +189,37 @@ def integrate(verify: Verify, proposal: Proposal, p_RV: Tensor) -> Iterator[tupl
 
     `verify` is a step function of each number. The steps are found by bisection: first of each
     accept number with the others at 0, then, for one point of every combination of steps, of the
-    final number. This is exact if the steps of one number do not depend on the others, apart from
-    the final number's on where the block ends; `steps` needs that equal ends mean no step between
-    them. The rules of verify.py are of this kind; a bug that is not shows all the same.
+    final numbers, one row after another as far as the block goes. This is exact if an accept
+    number's steps do not depend on other numbers, and a final number's only on the accept numbers
+    and the final ones of rows before it; `steps` needs that equal ends mean no step between them.
+    The rules of verify.py are of this kind; a bug that is not shows all the same.
     """
     ids_K = torch.tensor(proposal.ids, dtype=torch.int64)
     n = len(proposal.ids)
 
-    def verdict(accept_u: Sequence[float], final_u: float) -> Verdict:
-        return verify(ids_K, proposal.q_KV, p_RV, accept_u, [final_u] * (n + 1))
+    def verdict(accept_u: Sequence[float], final_u: tuple[float, ...]) -> Verdict:
+        rest = [0.5] * (n + 1 - len(final_u))
+        return verify(ids_K, proposal.q_KV, p_RV, accept_u, [*final_u, *rest])
 
     def n_accepted(i: int, u: float) -> int:
-        return verdict([u if j == i else 0.0 for j in range(n)], 0.5).n_accepted
+        return verdict([u if j == i else 0.0 for j in range(n)], ()).n_accepted
+
+    def by_rows(
+        accept_u: Sequence[float], known: tuple[float, ...], weight: float
+    ) -> Iterator[tuple[float, Verdict]]:
+        for low, high in steps(lambda u: verdict(accept_u, (*known, u))):
+            final_u = (*known, (low + high) / 2)
+            found = verdict(accept_u, final_u)
+            if len(final_u) > found.n_accepted:  # the row where the block ends has its number
+                yield weight * (high - low), found
+            else:
+                yield from by_rows(accept_u, final_u, weight * (high - low))
 
     axes = [steps(partial(n_accepted, i)) for i in range(n)]
     for pieces in itertools.product(*axes):
         accept_u = [(low + high) / 2 for low, high in pieces]
         weight = float(np.prod([high - low for low, high in pieces]))
-        for low, high in steps(partial(verdict, accept_u)):
-            yield weight * (high - low), verdict(accept_u, (low + high) / 2)
+        yield from by_rows(accept_u, (), weight)
 
 
 def steps(f: Callable[[float], object]) -> list[tuple[float, float]]:

@@ -29,7 +29,7 @@ Shapes: K drafts, R = K + 1 rows of the target, V vocabulary. Row i of p and q i
 of draft i; the last row of p comes behind all drafts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,27 @@ def verify_greedy(draft_ids_K: Tensor, target_ids_R: Tensor) -> Verdict:
     return Verdict(n_accepted, int(target_ids_R[n_accepted]))
 
 
+def verify_own(draft_ids: Sequence[int], draw: Callable[[int], int]) -> Verdict:
+    """Keep drafts as long as they are what the target says itself, whatever they came from.
+
+    Every emitted token is the target's own of its position, so the text is that of plain decoding
+    with the same numbers, token for token, and any drafter is lossless. A point mass stays with
+    probability p(d), and given a rejection the token is distributed as p without d: for one draft
+    that is no less than any rule can keep.
+
+    Args:
+        draft_ids: K tokens that were not drawn, or drawn in any way.
+        draw: the target's own token of row i, a function of the tokens before it and the number
+            of its position (`Purpose.TARGET`). It is called for i = 0, 1, … up to the first draft
+            that differs, or K.
+    """
+    for i, draft in enumerate(draft_ids):
+        token = draw(i)
+        if token != draft:
+            return Verdict(i, token)
+    return Verdict(len(draft_ids), draw(len(draft_ids)))
+
+
 def verify_sampled(
     draft_ids_K: Tensor,
     q_KV: Tensor | None,
@@ -70,7 +91,7 @@ def verify_sampled(
 
     Draft i stays with probability min(1, p_i(d) / q_i(d)). At the first that does not, the token is
     drawn from the residual; behind K accepted drafts it is drawn from the last row of p. With
-    K = 0 that is plain sampling.
+    K = 0 that is plain sampling. Without q it is `verify_own`, which reads no accept number.
 
     Args:
         draft_ids_K: int64 [K].
@@ -87,6 +108,8 @@ def verify_sampled(
     """
     n_drafts = draft_ids_K.shape[0]
     assert p_RV.shape[0] == len(final_u_R) == n_drafts + 1 and len(accept_u_K) == n_drafts
+    if q_KV is None:
+        return verify_own(draft_ids_K.tolist(), lambda i: sample(p_RV[i], final_u_R[i]))
     chances = accept_probabilities(draft_ids_K, q_KV, p_RV).tolist()
     for i, (chance, u) in enumerate(zip(chances, accept_u_K, strict=True)):
         accepted = u < chance  # false for NaN, which sampling then refuses
