@@ -19,7 +19,7 @@ def run(
         kept = 0
         while kept < k and rng.random() < rate:
             kept += 1
-        controller.observe_step(1, 1 + k, TARGET_S[k], 0.1 * k)
+        controller.observe_step(1, 1 + k, k, TARGET_S[k], 0.1 * k)
         controller.observe_block("a", k, kept)
         tokens, seconds = tokens + kept + 1, seconds + TARGET_S[k] + 0.1 * k
         chosen.append(k)
@@ -29,7 +29,7 @@ def run(
 def started() -> LengthController:
     controller = LengthController(6)
     for k, target_s in enumerate(TARGET_S):
-        controller.observe_step(1, 1 + k, target_s, 0.1 * k)
+        controller.observe_step(1, 1 + k, k, target_s, 0.1 * k)
     return controller
 
 
@@ -56,3 +56,23 @@ def test_drafting_returns_when_acceptance_does() -> None:
     controller = started()
     run(controller, 0.0, 500)
     assert sum(k > 0 for k in run(controller, 0.95, 1500)[2][-200:]) > 190
+
+
+def test_an_unmeasured_batch_runs_plain_once() -> None:
+    controller = started()
+    assert controller.choose(["a", "b"]) == [0, 0]
+    controller.observe_step(2, 2, 0, 1.0, 0.0)
+    assert any(controller.choose(["a", "b"]))
+
+
+def test_what_lies_behind_the_first_rejection_changes_nothing() -> None:
+    short, long = started(), started()
+    short.observe_block("a", 2, 1)
+    long.observe_block("a", 6, 1)
+    assert short.choose(["a"]) == long.choose(["a"])
+    assert short._own["a"] == long._own["a"]
+
+
+def test_a_cold_controller_learns_that_drafting_does_not_pay() -> None:
+    chosen = run(LengthController(6), 0.0, 1000)[2]
+    assert sum(TARGET_S[k] + 0.1 * k - 1.0 for k in chosen) <= 0.03 * len(chosen)

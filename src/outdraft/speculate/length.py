@@ -6,7 +6,6 @@ so that a step in the cost curve does not stop it. Only what was seen up to the 
 used. Not here: measuring time, or drafting.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 DECAY = 0.98
@@ -38,7 +37,7 @@ class CostCurve:
         if below is None:
             return sizes[min(sizes)]
         if above is None:
-            # No less than in proportion to nothing is known of larger sizes: assume flat.
+            # Assumed flat, so that a larger size is tried once and then measured.
             return sizes[below]
         share = (size - below) / (above - below)
         return sizes[below] + share * (sizes[above] - sizes[below])
@@ -89,17 +88,22 @@ class LengthController:
         own.observe(n_drafted, n_accepted)
         self._shared.observe(n_drafted, n_accepted)
 
-    def observe_step(self, n_sequences: int, n_rows: int, target_s: float, draft_s: float) -> None:
-        """Seconds of one decoding step of `n_rows` rows, drafting and verifying apart."""
-        longest = -(-(n_rows - n_sequences) // n_sequences)
+    def observe_step(
+        self, n_sequences: int, n_rows: int, longest: int, target_s: float, draft_s: float
+    ) -> None:
+        """Seconds of one decoding step: `longest` draft rows deep, `n_rows` verified."""
         self.target.observe(n_sequences, n_rows, target_s)
         if longest > 0:
+            self.draft.seconds.setdefault(n_sequences, {}).setdefault(0, 0.0)
             self.draft.observe(n_sequences, longest, draft_s)
         self._total_s += target_s + draft_s
 
     def choose(self, sequences: list[str]) -> list[int]:
         """Draft lengths for the sequences that decode in the next step."""
         if not sequences or self.n_draft_max == 0:
+            return [0] * len(sequences)
+        if len(sequences) not in self.target.seconds.get(len(sequences), {}):
+            # A batch of this size was never run plain: without that cost, drafts would look free.
             return [0] * len(sequences)
         lengths = self._best(sequences)
         if any(lengths):
@@ -108,7 +112,7 @@ class LengthController:
         extra = self._cost(n, n + 1, 1) - self._cost(n, n, 0)
         if self._probe_s + extra <= PROBE_SHARE * self._total_s:
             self._probe_s += max(extra, 0.0)
-            return [1] + lengths[1:]
+            return [1, *lengths[1:]]
         return lengths
 
     def _best(self, sequences: list[str]) -> list[int]:
@@ -117,10 +121,12 @@ class LengthController:
         lengths = [0] * n
         expected, rows = float(n), n
         best, best_rate = list(lengths), expected / self._cost(n, rows, 0)
-        gain_of: Callable[[int], float] = lambda i: gains[i][lengths[i]]  # noqa: E731
         while open_ := [i for i in range(n) if lengths[i] < self.n_draft_max]:
-            i = max(open_, key=gain_of)
-            expected += gain_of(i)
+            i = open_[0]
+            for other in open_[1:]:
+                if gains[other][lengths[other]] > gains[i][lengths[i]]:
+                    i = other
+            expected += gains[i][lengths[i]]
             lengths[i] += 1
             rows += 1
             rate = expected / self._cost(n, rows, max(lengths))
