@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test prove lint format types docs bench clean
+.PHONY: help setup demo test test-asan prove lint format types docs bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,13 @@ demo: setup      ## run the built-in model: coloured drafts, then a short benchm
 test: setup      ## everything that must hold, in minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+test-asan: setup ## the kernels' tests with the address and undefined-behaviour sanitizers
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DOUTDRAFT_SANITIZE=ON
+	$(BIN)/cmake --build build/asan
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/with_core.py build/asan -m pytest tests/ops
 
 prove: setup     ## the slow proofs
 	$(BIN)/pytest -m prove

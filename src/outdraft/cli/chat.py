@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     model: options.Model,
     system: Annotated[str | None, typer.Option(help="Instructions before the talk.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 1024,
@@ -30,6 +31,19 @@ def chat(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
+    top_n_sigma: options.TopNSigma = 0.0,
+    typical_p: options.TypicalP = 1.0,
+    presence_penalty: options.Presence = 0.0,
+    frequency_penalty: options.Frequency = 0.0,
+    repetition_penalty: options.Repeat = 1.0,
+    repeat_last_n: options.RepeatLastN = -1,
+    logit_bias: options.LogitBias = None,
+    bad_words: options.BadWord = None,
+    min_tokens: options.MinTokens = 0,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.Grammar = None,
+    max_thinking_tokens: options.Thinking = None,
     seed: options.Seed = None,
     assistant: options.Assistant = None,
     spec_type: options.Spec = "auto",
@@ -46,15 +60,7 @@ def chat(
 
     /reset forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer and keeps it.
     """
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
+    params = options.sampling_params(ctx.params)
     config = EngineConfig(
         spec_type=spec_type,
         assistant=assistant,

@@ -278,7 +278,9 @@ class LLM:
             self.abort(sequence.id)
 
     def generate(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Completion:
-        """Run one request to its end."""
+        """Run one request to its end; `n` is 1."""
+        if params is not None and params.n != 1:
+            raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         return self.generate_all([prompt], params)[0]
 
     def generate_all(
