@@ -32,11 +32,10 @@ test: setup      ## everything that must hold, in minutes
 	$(BIN)/pytest -n 2
 
 test-asan: setup ## the kernels' tests with the address and undefined-behaviour sanitizers
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DOUTDRAFT_SANITIZE=ON
-	$(BIN)/cmake --build build/asan
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/asan \
+	  -C cmake.define.OUTDRAFT_SANITIZE=ON -C build-dir=build/asan-objects .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/with_core.py build/asan -m pytest tests/ops
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/asan_tests.py build/asan
 
 prove: setup     ## the slow proofs
 	$(BIN)/pytest -m prove
