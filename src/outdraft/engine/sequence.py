@@ -21,10 +21,10 @@ class Sequence:
     """A request's state. `tokens` is prompt and output; `n_computed` of them are in memory.
 
     `limit` is the number of tokens at which it ends: max_tokens or the context. `seed` is the
-    request's own or a drawn one. `end_ids` are the tokens that end it. `arrival` orders it among
-    all requests; `served` is the last step that computed some of its prompt. `n_cached` prompt
-    tokens came from the prefix cache, `n_failed_drafts` times its drafter failed.
-    `sampler` is there if its options depend on the text so far.
+    request's own or a drawn one. `end_ids` are the tokens that end it. `sampler` is there if its
+    options depend on the text so far. `arrival` orders it among all requests; `served` is the last
+    step that computed some of its prompt. `n_cached` prompt tokens came from the prefix cache,
+    `n_failed_drafts` times its drafter failed.
     """
 
     request: Request
