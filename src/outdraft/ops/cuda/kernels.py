@@ -14,7 +14,8 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n_rows"])
 def linear_kernel(x, w, scales, out, n_rows, N, K, x_stride, TILES: tl.constexpr,
-                  SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                  SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  DOT: tl.constexpr):  # fmt: skip
     """One [16, BN] tile of one part of K; `out` is [SPLIT, rows, N]."""
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
@@ -27,7 +28,7 @@ def linear_kernel(x, w, scales, out, n_rows, N, K, x_stride, TILES: tl.constexpr
                          mask=(rows[:, None] < n_rows) & (k[None, :] < K), other=0.0)  # fmt: skip
         w_tile = tl.load(w + cols[:, None].to(tl.int64) * K + k[None, :],
                          mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
-        acc = tl.dot(x_tile.to(tl.bfloat16), w_tile.to(tl.bfloat16).T, acc)
+        acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).T, acc)
     if SCALED:
         acc = acc * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
     at = (part * n_rows + rows[:, None]).to(tl.int64) * N + cols[None, :]

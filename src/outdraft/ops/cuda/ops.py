@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
@@ -73,6 +74,11 @@ class CudaOps:
         """Kernels pad by themselves."""
         return 1
 
+    @property
+    def _dot(self) -> tl.dtype:
+        """Type of a product's inputs; Triton's interpreter, on a CPU, has no bf16 products."""
+        return tl.float32 if self.device.type == "cpu" else tl.bfloat16
+
     def pack(self, weight: Tensor, role: Role = "linear") -> CudaWeight:
         """See `Ops.pack`."""
         if self.format == "bf16" or role == "router" or weight.ndim == 3:
@@ -111,7 +117,7 @@ class CudaOps:
         kernels.linear_kernel[grid](
             x_TK, weight.data, weight.scales if scaled else x_TK, parts, t, n, k, x_TK.stride(0),
             TILES=triton.cdiv(triton.cdiv(k, weight.tile_k), split), SCALED=scaled, BN=64,
-            BK=weight.tile_k, num_warps=4, num_stages=4,
+            BK=weight.tile_k, num_warps=4, num_stages=4, DOT=self._dot,
         )  # fmt: skip
         if split > 1:
             grid_1 = (triton.cdiv(t * n, 1024),)
