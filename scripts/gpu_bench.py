@@ -121,7 +121,9 @@ def measure(name, fmt):
         hidden[n] = [x.clone() for x in out]
         del graph, out
     exact = all(
-        torch.equal(a, b[:n]) for n in range(1, 8) for a, b in zip(hidden[n], hidden[8], strict=True)
+        torch.equal(a, b[:n])
+        for n in range(1, 8)
+        for a, b in zip(hidden[n], hidden[8], strict=True)
     )
     draft_s = draft_step(memory, assistant, model, ops, hidden[1][0])
     plain = row_s[1]
@@ -181,7 +183,7 @@ def draft_step(memory, assistant, model, ops, hidden_1H):
 def read_speed():
     """A plain sum over 8 GB."""
     x = torch.empty(2_000_000_000, dtype=torch.float32).normal_()
-    graph, _ = graph_of(lambda: x.sum())
+    graph, _ = graph_of(x.sum)
     return x.nbytes / timed(graph) / 1e9
 
 

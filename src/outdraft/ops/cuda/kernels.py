@@ -5,7 +5,6 @@ the call's. Attention splits a row's keys every `SPLIT_KEYS` positions from the 
 key and merges the parts in order. Not here: allocation and launching (ops.py).
 """
 
-# ruff: noqa: N803
 # mypy: ignore-errors
 
 import triton

@@ -261,9 +261,7 @@ class CudaOps:
         t, count = ids_TA.shape
         inner, k = down.k, x_TK.shape[1]
         both = self._blocks(x_TK, gate_up, ids_TA, per_pair=False)
-        y = self._blocks(
-            self.gated(both[:, :inner], both[:, inner:]), down, ids_TA, per_pair=True
-        )
+        y = self._blocks(self.gated(both[:, :inner], both[:, inner:]), down, ids_TA, per_pair=True)
         out = torch.empty(t, k, device=self.device, dtype=x_TK.dtype)
         kernels.combine_kernel[(t, triton.cdiv(k, 1024))](
             y, weights_TA, out, k, A=count, BLOCK=1024
