@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton has no build for this machine")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
 from outdraft.ops.cuda.ops import CudaOps
