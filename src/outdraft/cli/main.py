@@ -21,7 +21,8 @@ VERBS = {
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure plain decoding against drafting, by kind of prompt.",
     "bench kernels": "Time each kernel with cold weights, by number of rows.",
-    "bench quality": "Measure what quantising costs: perplexity, KL and acceptance against bf16 weights.",
+    "bench quality": "Measure what quantising costs: perplexity, KL and acceptance against bf16 "
+    "weights.",
     "bench shape": "Measure what a model of a published shape costs here, with made-up weights.",
     "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
