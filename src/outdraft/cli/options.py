@@ -33,6 +33,12 @@ DraftMax = Annotated[
         "--spec-draft-n-max", help="Most tokens drafted at once; 0 switches drafting off."
     ),
 ]
+DraftFixed = Annotated[
+    int | None,
+    typer.Option(
+        "--spec-draft-n", help="Draft this many every time, instead of as many as pay off."
+    ),
+]
 DraftSample = Annotated[
     bool,
     typer.Option(
