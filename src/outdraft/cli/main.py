@@ -26,6 +26,7 @@ VERBS = {
     "bench shape": "Measure what a model of a published shape costs here, with made-up weights.",
     "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
+    "verify": "Prove on this machine that drafting, batching and caching change no token.",
     "train": "Train a target and its drafter from text.",
 }
 UNFORESEEN, WRONG_USE = 1, 2

@@ -49,6 +49,7 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.n_draft_max = n_draft_max
         self.max_queue = max_queue
+        self.horizon_tokens = HORIZON_TOKENS
         self.draft_lengths: DraftLengths = lambda decoding: [self.n_draft_max] * len(decoding)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}
@@ -181,7 +182,7 @@ class Scheduler:
         return True
 
     def _horizon(self, sequence: Sequence) -> int:
-        rows = max(self.n_draft_max + 1, HORIZON_TOKENS)
+        rows = max(self.n_draft_max + 1, self.horizon_tokens)
         return min(sequence.limit, len(sequence.tokens) + rows)
 
 
