@@ -8,7 +8,7 @@ Shapes: V vocabulary, N samples, T tokens of a sample.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ SIGNIFICANCE = 1e-4  # how often a right build would fail
 N_SAMPLES = 400
 N_TOKENS = 3
 TOP_K = 3
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
+MOST_OF_ONE = 0.4  # probability of a beginning
 RULES = [SamplingParams(1.0), SamplingParams(0.8, top_p=0.85), SamplingParams(1.5, top_k=2)]
 
 
@@ -73,13 +75,15 @@ def check_samples(llm: LLM, prompt: list[int]) -> Found:
     """Chi-square of sampled beginnings against what the target's logits say.
 
     The engine drafts as it is set. The first token comes behind the prompt, the others from
-    verified blocks.
+    verified blocks. The temperature is the lowest that spreads the samples.
     """
-    params = SamplingParams(temperature=1.0, top_k=TOP_K, max_tokens=N_TOKENS + 2, ignore_eos=True)
-    expected = beginnings(llm, prompt, params)
+    for temperature in TEMPERATURES:  # a distribution that is one token could not show anything
+        params = SamplingParams(temperature, top_k=TOP_K, max_tokens=N_TOKENS + 2, ignore_eos=True)
+        expected = beginnings(llm, prompt, params)
+        if max(expected.values()) < MOST_OF_ONE:
+            break
     cells = {tokens: i for i, tokens in enumerate(expected)}
-    seeded = [SamplingParams(1.0, top_k=TOP_K, seed=seed, max_tokens=N_TOKENS + 2, ignore_eos=True)
-              for seed in range(N_SAMPLES)]  # fmt: skip
+    seeded = [replace(params, seed=seed) for seed in range(N_SAMPLES)]
     observed = torch.zeros(len(cells), dtype=torch.float64)
     for completion in llm.generate_all([prompt] * N_SAMPLES, seeded):
         begin = tuple(completion.tokens[:N_TOKENS])
@@ -92,7 +96,9 @@ def check_samples(llm: LLM, prompt: list[int]) -> Found:
         return Found(
             "", f"{N_SAMPLES} samples of {N_TOKENS} tokens: chi-square gives p = {p_value:.2g}"
         )
-    return Found(f"{N_SAMPLES} samples of the model: chi-square p = {p_value:.2f}")
+    return Found(
+        f"{N_SAMPLES} samples at temperature {temperature:g}: chi-square p = {p_value:.2f}"
+    )
 
 
 def beginnings(llm: LLM, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
