@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from outdraft.config import EngineConfig
-from outdraft.engine import costs
+from outdraft.engine.costs import measure_costs
 from outdraft.engine.engine import LLM
+from outdraft.engine.lengths import AutoLengths
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
 from tests import tiny
@@ -35,7 +36,8 @@ def test_costs_are_measured_and_memory_is_as_before(llm: LLM) -> None:
 
 
 def test_a_slow_model_is_not_measured_for_long(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, n_calls = llm.runner.target_pass.run, 0
+    target_pass, drafter = llm.runner.target_pass, llm.pairing.drafter
+    run, n_calls = target_pass.run, 0
 
     def slow(*arguments):  # type: ignore[no-untyped-def]
         nonlocal n_calls
@@ -43,6 +45,7 @@ def test_a_slow_model_is_not_measured_for_long(llm: LLM, monkeypatch: pytest.Mon
         time.sleep(0.05)
         return run(*arguments)
 
+<<<<<<< HEAD
     monkeypatch.setattr(llm.runner.target_pass, "run", slow)
     llm.lengths, kept = None, llm.lengths
     monkeypatch.setattr(costs.measure_costs, "__kwdefaults__", {"budget_s": 0.1})
@@ -50,6 +53,14 @@ def test_a_slow_model_is_not_measured_for_long(llm: LLM, monkeypatch: pytest.Mon
     assert n_calls <= 3  # the scratch prompt, and a pass that was too slow
     llm.lengths = kept
     llm.set_draft_auto()
+=======
+    monkeypatch.setattr(target_pass, "run", slow)
+    empty = AutoLengths(6, sample_drafts=True)
+    assert drafter is not None
+    n = measure_costs(empty, llm.target, target_pass, drafter, llm.memory, 6, budget_s=0.1)
+    assert n == 0 and not empty.likeliest.target.seconds
+    assert n_calls == 2  # the scratch prompt, and one pass that was too slow
+>>>>>>> ctl
     llm.check()
 
 
