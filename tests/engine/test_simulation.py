@@ -24,6 +24,7 @@ HORIZON = 6
 SLOTS, CTX, CHUNK, K_MAX = 4, 96, 16, 4
 VOCAB = 5
 MAX_SEQUENCES, MAX_QUEUE = 6, 10
+WAIT_MAX = 10 * CTX  # a request has at most 16 before it; alone, none takes more than CTX steps
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,7 @@ class World:
     seed: int
     windows: dict[str, int | None]
     prefix_cache: bool = True
+    chunk: int = CHUNK
     n_added: int = 0
     waited: int = 0
     n_cached: int = 0
@@ -87,7 +89,7 @@ class World:
         self.scheduler = Scheduler(
             books=self.books,
             max_sequences=MAX_SEQUENCES,
-            prefill_chunk=CHUNK,
+            prefill_chunk=self.chunk,
             n_draft_max=K_MAX,
             max_queue=MAX_QUEUE,
         )
@@ -170,7 +172,7 @@ class World:
             assert sequence.id in planned or not sequence.decoding
         for name in planned:
             self.last_work[name] = step
-        assert all(step - self.last_work[name] < MAX_SEQUENCES for name in running)
+        assert all(step - self.last_work[name] < 2 * MAX_SEQUENCES for name in running)
         arrivals = [s.arrival for s in waiting]
         assert arrivals == sorted(arrivals)
         assert not arrivals or max(s.arrival for s in running.values()) < arrivals[0]
@@ -179,7 +181,7 @@ class World:
             assert 0 < w.n_rows <= s.n_pending and (w.n_drafts == 0 or s.decoding)
             assert len(s.tokens) + w.n_drafts + 1 <= s.limit
         n_prompt = sum(w.n_rows for w in work if not running[w.sequence].decoding)
-        assert n_prompt <= CHUNK
+        assert n_prompt <= self.chunk
 
     def books_reserve(self, work: Work) -> None:
         for name, pages in self.books.reserve(work.sequence, work.n_rows + work.n_drafts).items():
@@ -245,7 +247,6 @@ class World:
 
 
 def simulate(world: World, n_steps: int) -> None:
-    everyone = MAX_SEQUENCES + MAX_QUEUE + MAX_SEQUENCES
     for _ in range(n_steps):
         if world.random.random() < 0.12:
             for _ in range(world.random.randrange(1, 8)):
@@ -261,7 +262,7 @@ def simulate(world: World, n_steps: int) -> None:
             world.see(world.random.choice(running))
         for name in world.alive:
             wait = world.scheduler._step - world.added_at[name]
-            assert wait <= everyone * CTX, "who is oldest computes in every few steps"
+            assert wait <= WAIT_MAX, name
             world.waited = max(world.waited, wait)
     while world.scheduler.busy:
         world.step()
@@ -292,8 +293,13 @@ KINDS: dict[str, dict[str, int | None]] = {
 def lively(world: World) -> None:
     """The simulation has been where it should be."""
     stats = world.scheduler.stats
+<<<<<<< HEAD
     assert stats.n_preempted > 10 and stats.n_draft_length_failures > 20
     assert world.n_cached > 500 and world.n_added > 200
+=======
+    assert stats.n_preempted > 5 and stats.n_draft_length_failures > 20
+    assert world.n_cached > 200 and world.n_added > 200
+>>>>>>> eng
 
 
 @pytest.mark.parametrize("seed,kind", list(enumerate(KINDS)))
@@ -301,6 +307,13 @@ def test_simulation(seed: int, kind: str) -> None:
     world = World(seed, KINDS[kind])
     simulate(world, 10_000)
     lively(world)
+
+
+def test_prompts_share_few_rows() -> None:
+    """Two rows a step for up to six prompts: whoever has waited longest is next."""
+    world = World(4, KINDS["full"], chunk=2)
+    simulate(world, 2_000)
+    assert world.scheduler.stats.n_admitted > 50
 
 
 def test_simulation_without_a_prefix_cache() -> None:
@@ -315,4 +328,3 @@ def test_simulation_without_a_prefix_cache() -> None:
 def test_many_simulations(seed: int, kind: str) -> None:
     world = World(seed, KINDS[kind])
     simulate(world, 10_000)
-    lively(world)
