@@ -75,7 +75,7 @@ def test_closing_a_stream_aborts_within_one_step(llm: LLM, monkeypatch: pytest.M
 
     async def body(engine: AsyncLLM) -> None:
         other = asyncio.create_task(engine.agenerate(PROMPTS[0], SHORT))
-        async with aclosing(engine.astream(PROMPTS[1], LONG)) as stream:  # type: ignore[type-var]
+        async with aclosing(engine.astream(PROMPTS[1], LONG)) as stream:
             name = (await anext(stream)).request_id
         n_steps = len(steps)
         assert (await other).finish_reason is FinishReason.LENGTH
@@ -131,7 +131,8 @@ def test_closing_the_engine_ends_every_stream(llm: LLM) -> None:
     async def main() -> None:
         engine = AsyncLLM(llm)
         tasks = [asyncio.create_task(engine.agenerate(p, LONG)) for p in PROMPTS]
-        await anext(engine.astream(PROMPTS[0], SHORT))
+        while len(engine._mailboxes) < len(tasks):
+            await asyncio.sleep(0.001)
         await engine.aclose()
         await engine.aclose()
         for task in tasks:

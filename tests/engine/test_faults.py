@@ -35,7 +35,7 @@ def alone(llm: LLM) -> list[list[int]]:
 
 def run(llm: LLM, sequences: list[Sequence]) -> dict[str, str | None]:
     """To the end; the errors that events told, by request."""
-    errors = {s.id: None for s in sequences} | {}
+    errors: dict[str, str | None] = {s.id: None for s in sequences}
     while llm.scheduler.busy:
         for event in llm.step():
             if event.error is not None:
