@@ -38,6 +38,8 @@ def build_drafter(target: Target, config: EngineConfig) -> Pairing:
     """
     if config.spec_type == "off":
         return Pairing(None, "drafting is off: --spec-type off")
+    if config.draft_n == 0:
+        return Pairing(None, "drafting is off: --spec-draft-n 0")
     if config.draft_n_max == 0:
         return Pairing(None, "drafting is off: --spec-draft-n-max 0")
     asked = config.assistant is not None or config.spec_type != "auto"
@@ -94,5 +96,6 @@ def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfi
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
     }
     drafter = Gemma4AssistantDrafter(model, kv_layers, sample_drafts=config.sample_drafts)
-    n_max = assistant.n_draft_default if config.draft_n_max is None else config.draft_n_max
+    asked = (config.draft_n, config.draft_n_max, assistant.n_draft_default)
+    n_max = next(n for n in asked if n is not None)
     return Pairing(drafter, f"{drafter.name}: {reason}", path, n_max)
