@@ -38,7 +38,10 @@ def engines() -> tuple[LLM, LLM]:
         draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=384
     )
     alone = EngineConfig(draft_n_max=K, ctx_size=256, max_sequences=1, prefix_cache=False)
-    return LLM(str(target), shared), LLM(str(target), alone)
+    both = LLM(str(target), shared), LLM(str(target), alone)
+    for llm in both:
+        llm.set_draft_n_max(K)  # sampled tokens depend on the draft length
+    return both
 
 
 @cache

@@ -25,7 +25,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     root = tmp_path_factory.mktemp("aio")
     target = tiny.tiny_target(root / "target", seed=21)
     tiny.tiny_assistant(root / "assistant", target)
-    return LLM(str(target), EngineConfig(ctx_size=900, max_sequences=3, max_queue=2))
+    llm = LLM(str(target), EngineConfig(ctx_size=900, max_sequences=3, max_queue=2))
+    llm.set_draft_n_max(4)
+    return llm
 
 
 def run(llm: LLM, body: Callable[[AsyncLLM], Awaitable[None]]) -> None:
