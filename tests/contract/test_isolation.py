@@ -38,7 +38,10 @@ def engines() -> tuple[LLM, LLM]:
         draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=384
     )
     alone = EngineConfig(draft_n_max=K, ctx_size=256, max_sequences=1, prefix_cache=False)
-    return LLM(str(target), shared), LLM(str(target), alone)
+    both = LLM(str(target), shared), LLM(str(target), alone)
+    for llm in both:
+        llm.set_draft_n_max(K)  # sampled tokens depend on the draft length
+    return both
 
 
 @cache
@@ -57,7 +60,7 @@ class Asked:
 # Lengths around the pages' ends, and beginnings that requests have in common.
 PROMPTS = st.builds(
     lambda n, own: (*BEGINNING[:n], *own),
-    st.sampled_from([0, 1, 40, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 2, 2 * PAGE, 2 * PAGE + 5]),
+    st.sampled_from([0, 40, 50, PAGE - 1, PAGE, PAGE + 40, 2 * PAGE - 12, 2 * PAGE, 2 * PAGE + 5]),
     st.lists(st.integers(3, 200), min_size=1, max_size=4),
 )
 PARAMS = st.builds(
@@ -65,11 +68,12 @@ PARAMS = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 0.8, 1.3]),
     seed=st.integers(0, 3),
     top_k=st.sampled_from([0, 20]),
-    max_tokens=st.sampled_from([1, 3, 17, 40, 70]),
+    max_tokens=st.sampled_from([1, 17, 70, 100]),
     stop=st.sampled_from([(), (), ("e",), ("a", "T")]),
-    ignore_eos=st.booleans(),
+    ignore_eos=st.sampled_from([True, True, False]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
 )
+REQUESTS = st.tuples(PROMPTS, PARAMS, st.sampled_from(["", "", "a"]))
 
 
 class Isolation(RuleBasedStateMachine):
@@ -83,11 +87,12 @@ class Isolation(RuleBasedStateMachine):
         self.horizon = scheduler.HORIZON_TOKENS
         scheduler.HORIZON_TOKENS = 8
 
-    @rule(prompt=PROMPTS, params=PARAMS, salt=st.sampled_from(["", "", "a"]))
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, salt: str) -> None:
-        sequence = self.llm.add(prompt, params, cache_salt=salt)
-        self.asked.append(Asked(sequence, prompt, params))
-        self.text[sequence.id] = ""
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
+    def add(self, requests: list[tuple[tuple[int, ...], SamplingParams, str]]) -> None:
+        for prompt, params, salt in requests:
+            sequence = self.llm.add(prompt, params, cache_salt=salt)
+            self.asked.append(Asked(sequence, prompt, params))
+            self.text[sequence.id] = ""
 
     @precondition(lambda self: any(a.sequence.finish_reason is None for a in self.asked))
     @rule(data=st.data())
@@ -97,7 +102,7 @@ class Isolation(RuleBasedStateMachine):
         self.llm.abort(alive[chosen].id)
 
     @rule(n=st.integers(1, 12))
-    def step(self, n: int) -> None:
+    def run(self, n: int) -> None:
         for _ in range(n):
             for event in self.llm.step():
                 self.text[event.request_id] += event.text
@@ -106,7 +111,7 @@ class Isolation(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             while self.llm.scheduler.busy:
-                self.step(1)
+                self.run(1)
             self.llm.check()
             assert not self.llm.memory.lengths and not self.llm.runner.hidden
             for asked in self.asked:

@@ -25,7 +25,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     root = tmp_path_factory.mktemp("aio")
     target = tiny.tiny_target(root / "target", seed=21)
     tiny.tiny_assistant(root / "assistant", target)
-    return LLM(str(target), EngineConfig(ctx_size=900, max_sequences=3, max_queue=2))
+    llm = LLM(str(target), EngineConfig(ctx_size=900, max_sequences=3, max_queue=2))
+    llm.set_draft_n_max(4)
+    return llm
 
 
 def run(llm: LLM, body: Callable[[AsyncLLM], Awaitable[None]]) -> None:
@@ -75,7 +77,7 @@ def test_closing_a_stream_aborts_within_one_step(llm: LLM, monkeypatch: pytest.M
 
     async def body(engine: AsyncLLM) -> None:
         other = asyncio.create_task(engine.agenerate(PROMPTS[0], SHORT))
-        async with aclosing(engine.astream(PROMPTS[1], LONG)) as stream:  # type: ignore[type-var]
+        async with aclosing(engine.astream(PROMPTS[1], LONG)) as stream:
             name = (await anext(stream)).request_id
         n_steps = len(steps)
         assert (await other).finish_reason is FinishReason.LENGTH
@@ -131,7 +133,8 @@ def test_closing_the_engine_ends_every_stream(llm: LLM) -> None:
     async def main() -> None:
         engine = AsyncLLM(llm)
         tasks = [asyncio.create_task(engine.agenerate(p, LONG)) for p in PROMPTS]
-        await anext(engine.astream(PROMPTS[0], SHORT))
+        while len(engine._mailboxes) < len(tasks):
+            await asyncio.sleep(0.001)
         await engine.aclose()
         await engine.aclose()
         for task in tasks:

@@ -20,12 +20,14 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     root = tmp_path_factory.mktemp("faults")
     target = tiny.tiny_target(root / "target", seed=21)
     tiny.tiny_assistant(root / "assistant", target)
-    return LLM(
+    llm = LLM(
         str(target),
         EngineConfig(
             draft_n_max=4, ctx_size=400, kv_cache_tokens=800, max_sequences=3, max_queue=2
         ),
     )
+    llm.set_draft_n_max(4)
+    return llm
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def alone(llm: LLM) -> list[list[int]]:
 
 def run(llm: LLM, sequences: list[Sequence]) -> dict[str, str | None]:
     """To the end; the errors that events told, by request."""
-    errors = {s.id: None for s in sequences} | {}
+    errors: dict[str, str | None] = {s.id: None for s in sequences}
     while llm.scheduler.busy:
         for event in llm.step():
             if event.error is not None:

@@ -8,8 +8,9 @@ a loop never waits for a step. Here: `AsyncLLM`. Not here: what a step does (eng
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from outdraft.config import EngineConfig
@@ -93,7 +94,7 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Events of one request as they come; the last has a finish reason.
 
         Closing the iterator, or cancelling who waits for it, aborts the request before the next
@@ -106,8 +107,9 @@ class AsyncLLM:
             OutdraftError: the engine was closed or has failed.
         """
         sequence = await asyncio.to_thread(self.llm.prepare, prompt, params, cache_salt=cache_salt)
-        async for event in self._events(sequence):
-            yield event
+        async with aclosing(self._events(sequence)) as events:
+            async for event in events:
+                yield event
 
     async def agenerate(
         self,
@@ -125,7 +127,7 @@ class AsyncLLM:
         """End a request before the next step; its stream gets the last event. Any thread may."""
         self._post(_Abort(request_id))
 
-    async def _events(self, sequence: Sequence) -> AsyncIterator[TokenEvent]:
+    async def _events(self, sequence: Sequence) -> AsyncGenerator[TokenEvent, None]:
         mailbox = _Mailbox(asyncio.get_running_loop())
         if not self._post(_Add(sequence, mailbox)):
             assert self._ended is not None
