@@ -77,6 +77,11 @@ def bench_throughput(
         "max_tokens": max_tokens,
     }
     report |= {"machine": describe_machine(), **describe_version()}
+    deliver(report, json_file)
+
+
+def deliver(report: dict[str, Any], json_file: str | None) -> None:
+    """The report as JSON on stdout, or as tables and, if a file is named, into it."""
     if json_file == "-":
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
         return
