@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
 
-SpecType = Literal["auto", "off", "gemma4-assistant"]
+SpecType = Literal["auto", "off", "gemma4-assistant", "ngram", "ngram+gemma4-assistant"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
@@ -96,7 +96,8 @@ class EngineConfig:
                 f"draft_n is {self.draft_n} and draft_n_max is {self.draft_n_max}",
                 "give one of the two",
             )
-        if self.spec_type == "off" and self.assistant is not None:
+        if self.spec_type in ("off", "ngram") and self.assistant is not None:
             raise OutdraftError(
-                "an assistant is given and spec_type is off", "leave one of the two out"
+                f"an assistant is given and spec_type is {self.spec_type}",
+                "leave one of the two out",
             )
