@@ -35,7 +35,7 @@ def engines() -> tuple[LLM, LLM]:
     target = tiny.tiny_target(root / "target", "window", seed=21)
     tiny.tiny_assistant(root / "assistant", target)
     shared = EngineConfig(
-        draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=384
+        draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=320
     )
     alone = EngineConfig(draft_n_max=K, ctx_size=256, max_sequences=1, prefix_cache=False)
     both = LLM(str(target), shared), LLM(str(target), alone)
@@ -58,18 +58,20 @@ class Asked:
 
 
 # Lengths around the pages' ends, and beginnings that requests have in common.
+LENGTHS = [0, 40, 50, PAGE - 1, PAGE, PAGE + 40, 2 * PAGE - 12, 2 * PAGE, 2 * PAGE + 5]
 PROMPTS = st.builds(
-    lambda n, own: (*BEGINNING[:n], *own),
-    st.sampled_from([0, 40, 50, PAGE - 1, PAGE, PAGE + 40, 2 * PAGE - 12, 2 * PAGE, 2 * PAGE + 5]),
+    lambda n, own, first: (*own, *BEGINNING[:n]) if first else (*BEGINNING[:n], *own),
+    st.sampled_from(LENGTHS),
     st.lists(st.integers(3, 200), min_size=1, max_size=4),
+    st.booleans(),
 )
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.0, 0.8, 1.3]),
     seed=st.integers(0, 3),
     top_k=st.sampled_from([0, 20]),
-    max_tokens=st.sampled_from([1, 17, 70, 100]),
-    stop=st.sampled_from([(), (), ("e",), ("a", "T")]),
+    max_tokens=st.sampled_from([1, 20, 80, 110]),
+    stop=st.sampled_from([(), (), (), ("e",), ("aT", "b")]),
     ignore_eos=st.sampled_from([True, True, False]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
 )
@@ -140,7 +142,7 @@ def explore(n_examples: int) -> None:
         Isolation,
         settings=settings(
             max_examples=n_examples,
-            stateful_step_count=25,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
