@@ -24,6 +24,7 @@ from tests import tiny
 
 K = 4
 PAGE = 64
+Asking = tuple[tuple[int, ...], SamplingParams, str, bool]
 BEGINNING = [7 + (31 * i + i * i) % 400 for i in range(2 * PAGE + 5)]
 SEEN: Counter[str] = Counter()
 
@@ -35,7 +36,7 @@ def engines() -> tuple[LLM, LLM]:
     target = tiny.tiny_target(root / "target", "window", seed=21)
     tiny.tiny_assistant(root / "assistant", target)
     shared = EngineConfig(
-        draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=384
+        draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=320
     )
     alone = EngineConfig(draft_n_max=K, ctx_size=256, max_sequences=1, prefix_cache=False)
     both = LLM(str(target), shared), LLM(str(target), alone)
@@ -58,9 +59,10 @@ class Asked:
 
 
 # Lengths around the pages' ends, and beginnings that requests have in common.
+LENGTHS = [0, 40, 50, PAGE - 1, PAGE, PAGE + 40, 2 * PAGE - 12, 2 * PAGE, 2 * PAGE + 5]
 PROMPTS = st.builds(
     lambda n, own: (*BEGINNING[:n], *own),
-    st.sampled_from([0, 40, 50, PAGE - 1, PAGE, PAGE + 40, 2 * PAGE - 12, 2 * PAGE, 2 * PAGE + 5]),
+    st.sampled_from(LENGTHS),
     st.lists(st.integers(3, 200), min_size=1, max_size=4),
 )
 PARAMS = st.builds(
@@ -68,12 +70,12 @@ PARAMS = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 0.8, 1.3]),
     seed=st.integers(0, 3),
     top_k=st.sampled_from([0, 20]),
-    max_tokens=st.sampled_from([1, 17, 70, 100]),
-    stop=st.sampled_from([(), (), ("e",), ("a", "T")]),
+    max_tokens=st.sampled_from([1, 20, 80, 110]),
+    stop=st.sampled_from([(), (), (), ("e",), ("aT", "b")]),
     ignore_eos=st.sampled_from([True, True, False]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
 )
-REQUESTS = st.tuples(PROMPTS, PARAMS, st.sampled_from(["", "", "a"]))
+REQUESTS = st.tuples(PROMPTS, PARAMS, st.sampled_from(["", "", "a"]), st.booleans())
 
 
 class Isolation(RuleBasedStateMachine):
@@ -88,11 +90,22 @@ class Isolation(RuleBasedStateMachine):
         scheduler.HORIZON_TOKENS = 8
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
-    def add(self, requests: list[tuple[tuple[int, ...], SamplingParams, str]]) -> None:
-        for prompt, params, salt in requests:
+    def add(self, requests: list[Asking]) -> None:
+        self._queue(requests)
+
+    def _queue(self, requests: list[Asking]) -> None:
+        for prompt, params, salt, apart in requests:
+            if apart:  # a first token that no other has: no page is shared, and memory runs out
+                prompt = (3 + len(self.asked) % 200, *prompt)
             sequence = self.llm.add(prompt, params, cache_salt=salt)
             self.asked.append(Asked(sequence, prompt, params))
             self.text[sequence.id] = ""
+
+    @rule(temperature=st.sampled_from([0.0, 0.9]), n=st.integers(2, 4))
+    def crowd(self, temperature: float, n: int) -> None:
+        """Requests that fit when they begin and do not when they have grown."""
+        params = SamplingParams(temperature=temperature, seed=n, max_tokens=60, ignore_eos=True)
+        self._queue([(tuple(BEGINNING[: PAGE + 41]), params, "", True)] * n)
 
     @precondition(lambda self: any(a.sequence.finish_reason is None for a in self.asked))
     @rule(data=st.data())
@@ -140,7 +153,7 @@ def explore(n_examples: int) -> None:
         Isolation,
         settings=settings(
             max_examples=n_examples,
-            stateful_step_count=25,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
