@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test prove lint format types docs bench clean
+.PHONY: help setup demo test test-asan prove lint format types docs bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,12 @@ demo: setup      ## run the built-in model: coloured drafts, then a short benchm
 test: setup      ## everything that must hold, in minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+test-asan: setup ## the kernels' tests with the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/asan \
+	  -C cmake.define.OUTDRAFT_SANITIZE=ON -C build-dir=build/asan-objects .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/asan_tests.py build/asan
 
 prove: setup     ## the slow proofs
 	$(BIN)/pytest -m prove

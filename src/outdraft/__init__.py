@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from outdraft.config import EngineConfig
+    from outdraft.engine.aio import AsyncLLM
     from outdraft.engine.engine import LLM, Completion
     from outdraft.errors import OutdraftError
     from outdraft.request import FinishReason, SamplingParams, TokenEvent
 
 _HOME = {
+    "AsyncLLM": "outdraft.engine.aio",
     "LLM": "outdraft.engine.engine",
     "Completion": "outdraft.engine.engine",
     "EngineConfig": "outdraft.config",
@@ -25,6 +27,7 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Completion",
     "EngineConfig",
     "FinishReason",

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
 
-SpecType = Literal["auto", "off", "gemma4-assistant"]
+SpecType = Literal["auto", "off", "gemma4-assistant", "ngram", "ngram+gemma4-assistant"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
@@ -31,8 +31,11 @@ class EngineConfig:
         spec_type: which drafter; `auto` takes the one that fits the target, or none.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
+        draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
+            measured costs and acceptance.
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
-            taking its most probable token.
+            taking its most probable token. Requests with a seed take the most probable one where
+            the length is chosen, so that measured times do not change their text.
         backend: `cpu` is the compiled kernels, `reference` plain PyTorch; `auto` takes the kernels
             unless a dtype is asked for, which only the reference has.
         dtype: of the reference's weights and activations; `auto` is the checkpoint's.
@@ -56,6 +59,7 @@ class EngineConfig:
     spec_type: SpecType = "auto"
     assistant: str | None = None
     draft_n_max: int | None = None
+    draft_n: int | None = None
     sample_drafts: bool = True
     backend: Backend = "auto"
     dtype: DType = "auto"
@@ -76,6 +80,7 @@ class EngineConfig:
                 raise OutdraftError(f"{name} is {value!r}", f"use one of {get_args(allowed)}")
         for name, low, high in (
             ("draft_n_max", 0, 64),
+            ("draft_n", 0, 64),
             ("ctx_size", 1, 2**31),
             ("max_sequences", 1, 4096),
             ("max_queue", 0, 2**20),
@@ -86,7 +91,13 @@ class EngineConfig:
             number = getattr(self, name)
             if number is not None and not low <= number <= high:
                 raise OutdraftError(f"{name} is {number}", f"use {low} to {high}")
-        if self.spec_type == "off" and self.assistant is not None:
+        if None not in (self.draft_n, self.draft_n_max) and self.draft_n != self.draft_n_max:
             raise OutdraftError(
-                "an assistant is given and spec_type is off", "leave one of the two out"
+                f"draft_n is {self.draft_n} and draft_n_max is {self.draft_n_max}",
+                "give one of the two",
+            )
+        if self.spec_type in ("off", "ngram") and self.assistant is not None:
+            raise OutdraftError(
+                f"an assistant is given and spec_type is {self.spec_type}",
+                "leave one of the two out",
             )

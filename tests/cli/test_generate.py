@@ -24,7 +24,7 @@ def llm(pair: Path) -> LLM:
 
 def test_the_stream_is_the_text_of_the_engine(outdraft: Invoke, pair: Path, llm: LLM) -> None:
     want = llm.generate("abc", SamplingParams(max_tokens=N))
-    result = outdraft("generate", pair, "--prompt", "abc", "--max-tokens", N)
+    result = outdraft("generate", pair, "--prompt", "abc", "--max-tokens", N, "--spec-draft-n", 4)
     assert result.exit_code == 0
     assert result.stdout == want.text + "\n"
     assert f"model: {pair}" in result.stderr and "bf16" in result.stderr
@@ -41,7 +41,7 @@ def test_json_is_one_object(outdraft: Invoke, pair: Path, llm: LLM) -> None:
     want = llm.generate([2, 17, 4], SamplingParams(max_tokens=N, ignore_eos=True))
     result = outdraft(
         *("generate", pair, "--prompt-tokens", "2,17, 4", "--max-tokens", N, "--ignore-eos"),
-        *("--spec-draft-n-max", 3, "--json"),
+        *("--spec-draft-n", 3, "--json"),
     )
     found = json.loads(result.stdout)
     assert found["prompt_tokens"] == [2, 17, 4]

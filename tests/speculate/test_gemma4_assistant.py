@@ -178,7 +178,7 @@ def test_a_recorded_round_equals_the_calls_one_by_one() -> None:
     )
     raw_assistant = tiny.assistant_config(raw)
     weights = tiny.assistant_weights(raw_assistant, seed=6)
-    model = Gemma4Assistant(AssistantConfig.from_hf(raw_assistant), weights, ops)
+    model = Gemma4Assistant(AssistantConfig.from_hf(raw_assistant), weights, CpuOps())
     kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
     recorded = Gemma4AssistantDrafter(model, kv_layers)
     plain = Gemma4AssistantDrafter(model, kv_layers)

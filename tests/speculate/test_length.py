@@ -76,3 +76,13 @@ def test_what_lies_behind_the_first_rejection_changes_nothing() -> None:
 def test_a_cold_controller_learns_that_drafting_does_not_pay() -> None:
     chosen = run(LengthController(6), 0.0, 1000)[2]
     assert sum(TARGET_S[k] + 0.1 * k - 1.0 for k in chosen) <= 0.03 * len(chosen)
+
+
+@pytest.mark.parametrize("rate", [0.6, 0.9])
+def test_a_cold_controller_finds_the_best_length(rate: float) -> None:
+    """Its lengths behind the first few hundred steps, and what finding them cost."""
+    chosen = run(LengthController(6), rate, 4000)[2]
+    best = max(fixed_rate(rate, k) for k in range(7))
+    for part, share in ((chosen, 0.95), (chosen[400:], 0.97)):
+        tokens = sum(sum(rate**j for j in range(k + 1)) for k in part)
+        assert tokens / sum(TARGET_S[k] + 0.1 * k for k in part) >= share * best

@@ -40,14 +40,13 @@ def test_greedy_is_the_loop_that_defines_it(pairs: list[tuple[int, int]], last: 
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-@pytest.mark.parametrize("drawn", [True, False])
-def test_a_draft_stays_up_to_its_probability_and_not_beyond(k: int, drawn: bool) -> None:
-    p, q = rows(k + 1), rows(k) if drawn else None
+def test_a_drawn_draft_stays_up_to_its_probability_and_not_beyond(k: int) -> None:
+    p, q = rows(k + 1), rows(k)
     drafts = torch.randint(VOCAB, (k,))
     finals = torch.rand(k + 1).tolist()
     for i in range(k):
         d = int(drafts[i])
-        chance = min(1.0, float(p[i, d]) / (float(q[i, d]) if q is not None else 1.0))
+        chance = min(1.0, float(p[i, d]) / float(q[i, d]))
         accept_u = [0.0] * k
         accept_u[i] = math.nextafter(chance, 0)
         all_kept = Verdict(k, sample(p[k], finals[k]))
@@ -55,10 +54,23 @@ def test_a_draft_stays_up_to_its_probability_and_not_beyond(k: int, drawn: bool)
         if chance == 1:
             continue
         accept_u[i] = chance
-        rest = residual(d, None if q is None else q[i], p[i])
+        rest = residual(d, q[i], p[i])
         expected = Verdict(i, sample(rest, finals[i]))
         assert verify_sampled(drafts, q, p, accept_u, finals) == expected
         assert expected.token != d
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5])
+def test_a_point_mass_stays_where_the_target_says_the_same(k: int) -> None:
+    """What is emitted is the beginning of what the target draws by itself, whatever is drafted."""
+    for _ in range(30):
+        p, finals = rows(k + 1), torch.rand(k + 1).tolist()
+        own = [sample(p[i], finals[i]) for i in range(k + 1)]
+        wrong = torch.rand(k) < 0.3
+        drafts = torch.where(wrong, torch.randint(VOCAB, (k,)), torch.tensor(own[:k]).long())
+        n = next((i for i in range(k) if drafts[i] != own[i]), k)
+        got = verify_sampled(drafts, None, p, torch.rand(k).tolist(), finals)
+        assert got == Verdict(n, own[n])
 
 
 def test_the_algebra_of_one_position() -> None:

@@ -1,4 +1,4 @@
-"""The picture of a report: speed by kind of prompt, acceptance by position of the draft."""
+"""The pictures of reports: speed and acceptance by kind of prompt, throughput by concurrency."""
 
 import io
 from typing import Any
@@ -70,3 +70,34 @@ def _draw_acceptance(axes: Axes, kinds: dict[str, Any]) -> None:
     axes.set_title("acceptance, all earlier drafts of the block included", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
+
+
+def draw_throughput(report: dict[str, Any]) -> bytes:
+    """A PNG of the JSON of `bench throughput`: rate and time per token by concurrency."""
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    speed, wait = figure.subplots(1, 2)
+    concurrencies = sorted({row["concurrency"] for row in report["rows"]})
+    for mode in dict.fromkeys(row["mode"] for row in report["rows"]):
+        rows = sorted(
+            (row for row in report["rows"] if row["mode"] == mode),
+            key=lambda row: int(row["concurrency"]),
+        )
+        width = 2.5 if mode == "controller" else 1.0
+        for axes, figure_name in ((speed, "tok_s"), (wait, "tpot_ms_p50")):
+            heights = [row[figure_name] for row in rows]
+            axes.plot(concurrencies, heights, marker="o", linewidth=width, label=mode)
+    for axes, label in ((speed, "tokens per second"), (wait, "ms per token, median")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(concurrencies, [str(c) for c in concurrencies])
+        axes.set_xlabel("requests at once")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    speed.legend(frameon=False, fontsize=9)
+    settings, machine = report["settings"], report["machine"]
+    what = f"{settings['model']}, {settings['computes']}, greedy, mixed lengths"
+    figure.suptitle(f"{what}; {machine['cpu']}, threads: {machine['threads']}", fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

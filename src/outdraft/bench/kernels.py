@@ -31,6 +31,8 @@ FEW_ROWS = 8
 """Up to here a call is limited by reading, and all copies are gone through."""
 MANY_ROWS_A_ROUND = 512
 OURS = "outdraft"
+SETTLE_S = 0.02
+"""Longer than workers without work spin: 0.5 ms ours, a few ms those of OpenMP."""
 
 Run = Callable[[], None]
 
@@ -164,11 +166,16 @@ def measure_kernels(
 
 
 def time_in_turn(cases: Sequence[Case], rounds: int, between: Run) -> list[Timing]:
-    """All cases in each round, every other round backwards; the first round is not counted."""
+    """All cases in each round, every other round backwards; the first round is not counted.
+
+    Idle workers of the backend before spin for a while on the cores that the next one needs: each
+    case waits until they sleep.
+    """
     timings = [Timing(case, []) for case in cases]
     for index in range(rounds + 1):
         between()
         for timing in reversed(timings) if index % 2 else timings:
+            time.sleep(SETTLE_S)
             start = time.perf_counter()
             timing.case.run()
             spent = time.perf_counter() - start

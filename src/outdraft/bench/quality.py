@@ -136,6 +136,7 @@ def acceptance_figures(
     """Greedy drafting over all prompts, None without a drafter; one conditional a position."""
     if llm.pairing.drafter is None:
         return None
+    llm.set_draft_n_max(llm.pairing.n_draft_max)
     stats, params = DraftStats(), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     for prompt in prompts:
         stats.merge(llm.generate(prompt.tokens, params).stats)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from outdraft.bench.run import DRAFT, PLAIN, Measurement, Run
+from outdraft.bench.run import AUTO, DRAFT, PLAIN, Measurement, Run
 from outdraft.errors import OutdraftError
 from outdraft.speculate.stats import DraftStats, StepTimes
 
@@ -30,7 +30,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "kinds": {kind: _figures([run for run in runs if run.kind == kind]) for kind in kinds},
         "overall": _figures(runs),
-        "identical": identical(runs, PLAIN, DRAFT),
+        "identical": identical(runs, PLAIN, DRAFT) and identical(runs, PLAIN, AUTO),
     }
 
 
@@ -74,6 +74,15 @@ def _figures(runs: Sequence[Run]) -> dict[str, Any]:
     for result in plain:
         _add(plain_times, result.times)
     ratio, spread = _ratio(runs, PLAIN, DRAFT)
+    auto = [run.result for run in runs if run.arm == AUTO]
+    chosen = {}
+    if auto:
+        auto_ratio, auto_spread = _ratio(runs, PLAIN, AUTO)
+        chosen = {
+            "auto_tok_s": _rate(auto),
+            "auto_speedup": auto_ratio,
+            "auto_speedup_spread": auto_spread,
+        }
     return {
         "n_prompts": len({run.prompt for run in runs}),
         "plain_tok_s": _rate(plain),
@@ -90,6 +99,7 @@ def _figures(runs: Sequence[Run]) -> dict[str, Any]:
             "verify": _share(times.forward_s, times.total_s),
             "rest": _share(times.rest_s, times.total_s),
         },
+        **chosen,
         **_costs(draft, stats, times, plain, plain_times),
     }
 
@@ -140,6 +150,8 @@ def _pairs(
     for run in runs:
         if run.arm in by_arm:
             by_arm[run.arm][run.prompt, run.repeat] = run.result
+    if not by_arm[other]:  # that arm was not run
+        return {}
     return {key: (result, by_arm[other][key]) for key, result in by_arm[one].items()}
 
 

@@ -12,7 +12,7 @@ from outdraft.engine.engine import LLM
 from outdraft.request import SamplingParams
 from outdraft.speculate.stats import DraftStats, StepTimes
 
-PLAIN, DRAFT = "plain", "draft"
+PLAIN, DRAFT, AUTO = "plain", "draft", "auto"
 WARM_UP_TOKENS = 16
 
 
@@ -60,17 +60,20 @@ class Run:
 
 
 def own_arms(llm: LLM, k: int) -> list[Arm]:
-    """Plain decoding and drafting up to k tokens on one engine, so on the same weights."""
+    """Plain decoding, k drafts a step, and as many as pay off: one engine, the same weights."""
 
-    def with_drafts(n: int) -> Callable[[Sequence[int], SamplingParams], Measurement]:
+    def with_drafts(n: int | None) -> Callable[[Sequence[int], SamplingParams], Measurement]:
         def measure(tokens: Sequence[int], params: SamplingParams) -> Measurement:
-            llm.set_draft_n_max(n)
+            if n is None:
+                llm.set_draft_auto()
+            else:
+                llm.set_draft_n_max(n)
             done = llm.generate(tokens, params)
             return Measurement(done.tokens, done.prefill_s, done.decode_s, done.stats, done.times)
 
         return measure
 
-    return [Arm(PLAIN, with_drafts(0)), Arm(DRAFT, with_drafts(k))]
+    return [Arm(PLAIN, with_drafts(0)), Arm(DRAFT, with_drafts(k)), Arm(AUTO, with_drafts(None))]
 
 
 def warm_up(arms: Sequence[Arm], prompt: Prompt, params: SamplingParams) -> None:

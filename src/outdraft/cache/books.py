@@ -112,6 +112,7 @@ class PageBooks:
         Raises:
             CapacityError: too few pages; none is taken. The scheduler sees to it beforehand.
         """
+        assert self._own(sequence), "the next row would change a page of others"
         new: dict[str, list[int]] = {}
         for name, n in self.missing(sequence, n_rows).items():
             pool = self.groups[name].pool
@@ -126,6 +127,15 @@ class PageBooks:
         for name, pages in new.items():
             self.groups[name].tables[sequence].pages += pages
         return new
+
+    def _own(self, sequence: str) -> bool:
+        """True if the page of the next row, where it is there already, is the sequence's alone."""
+        at = self.lengths[sequence] // self.page_slots
+        for group in self.groups.values():
+            table = group.tables[sequence]
+            if at < table.end and group.pool.holds[table.pages[at - table.first_page]] > 1:
+                return False
+        return True
 
     def advance(self, sequence: str, n_rows: int) -> None:
         """n rows were written behind the length."""

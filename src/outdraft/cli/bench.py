@@ -227,9 +227,9 @@ def show(report: dict[str, Any]) -> None:
 def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
     """A rich table of our two arms, one row a kind."""
     made = new_table(
-        f"{mode}: tokens per second, speed-up (quartiles over prompts),\n"
-        "share of the time for draft/verify/rest, drafts accepted by position",
-        ["plain", "draft", "speed-up", "tok/pass", "time %", "accepted %"],
+        f"{mode}: tokens per second, speed-up (quartiles over prompts);\n"
+        "auto: with chosen lengths; share of draft/verify/rest; accepted by position",
+        ["plain", "draft", "speed-up", "auto", "tok/pass", "time %", "accepted %"],
     )
     for kind, figures in kinds.items():
         spread, time = figures["speedup_spread"], figures["time_share"]
@@ -238,6 +238,7 @@ def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
             f"{figures['plain_tok_s']:.1f}",
             f"{figures['draft_tok_s']:.1f}",
             f"{figures['speedup']:.2f} ({spread['q1']:.2f}–{spread['q3']:.2f})",
+            f"{figures['auto_speedup']:.2f}",
             f"{figures['tokens_per_pass']:.2f}",
             "/".join(f"{100 * time[part]:.0f}" for part in ("draft", "verify", "rest")),
             " ".join(f"{100 * share:.0f}" for share in figures["acceptance"]),

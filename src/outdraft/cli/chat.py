@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     model: options.Model,
     system: Annotated[str | None, typer.Option(help="Instructions before the talk.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 1024,
@@ -30,10 +31,24 @@ def chat(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
+    top_n_sigma: options.TopNSigma = 0.0,
+    typical_p: options.TypicalP = 1.0,
+    presence_penalty: options.Presence = 0.0,
+    frequency_penalty: options.Frequency = 0.0,
+    repetition_penalty: options.Repeat = 1.0,
+    repeat_last_n: options.RepeatLastN = -1,
+    logit_bias: options.LogitBias = None,
+    bad_words: options.BadWord = None,
+    min_tokens: options.MinTokens = 0,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.Grammar = None,
+    max_thinking_tokens: options.Thinking = None,
     seed: options.Seed = None,
     assistant: options.Assistant = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
+    spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
@@ -46,19 +61,12 @@ def chat(
 
     /reset forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer and keeps it.
     """
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
+    params = options.sampling_params(ctx.params)
     config = EngineConfig(
         spec_type=spec_type,
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
+        draft_n=spec_draft_n,
         sample_drafts=spec_draft_sample,
         backend=backend,
         dtype=dtype,
@@ -68,6 +76,11 @@ def chat(
         max_sequences=1,
         threads=threads,
     )
+    start(model, config, params, system)
+
+
+def start(model: str, config: EngineConfig, params: SamplingParams, system: str | None) -> None:
+    """Load the model and begin."""
     from outdraft.cli.streaming import load
 
     llm = load(model, config)

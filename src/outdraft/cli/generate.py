@@ -32,6 +32,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     model: options.Model,
     prompt: Annotated[str | None, typer.Option(help="The text; - reads it from stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the text from a file.")] = None,
@@ -43,10 +44,24 @@ def generate(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
+    top_n_sigma: options.TopNSigma = 0.0,
+    typical_p: options.TypicalP = 1.0,
+    presence_penalty: options.Presence = 0.0,
+    frequency_penalty: options.Frequency = 0.0,
+    repetition_penalty: options.Repeat = 1.0,
+    repeat_last_n: options.RepeatLastN = -1,
+    logit_bias: options.LogitBias = None,
+    bad_words: options.BadWord = None,
+    min_tokens: options.MinTokens = 0,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.Grammar = None,
+    max_thinking_tokens: options.Thinking = None,
     seed: options.Seed = None,
     assistant: options.Assistant = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
+    spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
@@ -57,20 +72,12 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Continue a text, streaming, with accepted drafts in colour."""
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
+    params = options.sampling_params(ctx.params)
     config = EngineConfig(
         spec_type=spec_type,
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
+        draft_n=spec_draft_n,
         sample_drafts=spec_draft_sample,
         backend=backend,
         dtype=dtype,

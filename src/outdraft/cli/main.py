@@ -21,8 +21,11 @@ VERBS = {
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure plain decoding against drafting, by kind of prompt.",
     "bench kernels": "Time each kernel with cold weights, by number of rows.",
-    "bench quality": "Measure what quantising costs: perplexity, KL and acceptance.",
+    "bench quality": "Measure what quantising costs: perplexity, KL and acceptance against bf16 "
+    "weights.",
     "bench shape": "Measure what a model of a published shape costs here, with made-up weights.",
+    "bench throughput": "Measure many requests at once: plain, fixed draft lengths, and lengths "
+    "chosen while running.",
     "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "verify": "Prove on this machine that drafting, batching and caching change no token.",

@@ -1,10 +1,18 @@
-"""Options that several verbs share, each declared once. What they mean is said in config.py."""
+"""Options that several verbs share, each declared once.
 
-from typing import Annotated
+What they mean is said in config.py and, for those of sampling, in request.py.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from outdraft.config import Backend, DType, KvDType, Quant, SpecType
+from outdraft.errors import SamplingError
+from outdraft.request import SamplingParams
 
 Model = Annotated[
     str,
@@ -17,12 +25,22 @@ Assistant = Annotated[
     typer.Option(help="The drafter's directory or id; found by itself if not given."),
 ]
 Spec = Annotated[
-    SpecType, typer.Option("--spec-type", help="Which drafter: auto, off or gemma4-assistant.")
+    SpecType,
+    typer.Option(
+        "--spec-type",
+        help="Which drafter: auto, off, gemma4-assistant, ngram or ngram+gemma4-assistant.",
+    ),
 ]
 DraftMax = Annotated[
     int | None,
     typer.Option(
         "--spec-draft-n-max", help="Most tokens drafted at once; 0 switches drafting off."
+    ),
+]
+DraftFixed = Annotated[
+    int | None,
+    typer.Option(
+        "--spec-draft-n", help="Draft this many every time, instead of as many as pay off."
     ),
 ]
 DraftSample = Annotated[
@@ -52,3 +70,79 @@ TopP = Annotated[float, typer.Option(help="Keep the tokens that make up this pro
 MinP = Annotated[float, typer.Option(help="Keep tokens above this share of the best one's.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. Can be repeated.")]
+TopNSigma = Annotated[float, typer.Option(help="Keep logits within n deviations; 0 keeps all.")]
+TypicalP = Annotated[
+    float, typer.Option("--typical", help="Keep the most typical tokens of this mass.")
+]
+Presence = Annotated[
+    float, typer.Option(help="Taken from logits of tokens that were written, -2 to 2.")
+]
+Frequency = Annotated[
+    float, typer.Option(help="Taken once for each time a token was written, -2 to 2.")
+]
+Repeat = Annotated[
+    float, typer.Option("--repeat-penalty", help="Divides logits of tokens in the text; 1 is off.")
+]
+RepeatLastN = Annotated[
+    int, typer.Option(help="Tokens that penalties look back at; -1 all, 0 none.")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(help="ID+BIAS or ID-BIAS, such as 29+5 or 29-inf. Can be repeated."),
+]
+BadWord = Annotated[
+    list[str] | None, typer.Option("--bad-word", help="A text not to write. Can be repeated.")
+]
+MinTokens = Annotated[int, typer.Option(help="Fewest tokens before the end of sequence.")]
+JsonSchema = Annotated[
+    str | None, typer.Option("-j", "--json-schema", help="Write JSON of this schema, or @FILE.")
+]
+Regex = Annotated[str | None, typer.Option(help="Write a text that matches this expression.")]
+Grammar = Annotated[str | None, typer.Option(help="Write a text of this Lark grammar, or @FILE.")]
+Thinking = Annotated[
+    int | None,
+    typer.Option("--max-thinking-tokens", help="Close the reasoning block after so many tokens."),
+]
+
+
+def sampling_params(given: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters from a verb's options, those of them that it has.
+
+    Args:
+        given: values by the names of the verb's arguments (`typer.Context.params`).
+
+    Raises:
+        SamplingError: a value is not possible.
+    """
+    values = {f.name: given[f.name] for f in fields(SamplingParams) if f.name in given}
+    for name in ("stop", "bad_words"):
+        values[name] = tuple(values.get(name) or ())
+    values["logit_bias"] = dict(_bias(text) for text in values.get("logit_bias") or ())
+    for name in ("json_schema", "grammar"):
+        text = values.get(name)
+        if isinstance(text, str) and text.startswith("@"):
+            values[name] = _read(name, Path(text[1:]))
+    if values.get("json_schema") is not None:
+        try:
+            json.loads(values["json_schema"])
+        except ValueError as error:
+            raise SamplingError(f"the JSON schema is not JSON: {error}", "check it") from error
+    return SamplingParams(**values)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """`29+5` or `29-inf`, as llama.cpp spells it."""
+    at = max(text.find("+"), text.find("-"))
+    try:
+        return int(text[:at]), float(text[at:])
+    except ValueError as error:
+        raise SamplingError(
+            f"the logit bias {text!r} is not ID+BIAS or ID-BIAS", "such as 29+5 or 29-inf"
+        ) from error
+
+
+def _read(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SamplingError(f"the file of {name} cannot be read: {error}", "check it") from error

@@ -15,6 +15,8 @@ import torch
 from outdraft import _core
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
+from outdraft.engine.costs import measure_costs
+from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
@@ -117,6 +119,9 @@ class LLM:
             n_draft_max=self.pairing.n_draft_max,
         )
         self._ids = itertools.count()
+        self.lengths: AutoLengths | None = None
+        if self.pairing.drafter is not None and self.config.draft_n is None:
+            self.set_draft_auto()
 
     def __enter__(self) -> "LLM":
         return self
@@ -133,7 +138,7 @@ class LLM:
         return f"{ops.describe()}, {str(self.target.dtype).removeprefix('torch.')}"
 
     def set_draft_n_max(self, k: int) -> None:
-        """Draft at most k tokens from the next step on; 0 decodes plainly.
+        """Draft k tokens a step from the next step on, always; 0 decodes plainly.
 
         Raises:
             OutdraftError: there is no drafter, or k is more than memory was planned for.
@@ -144,6 +149,28 @@ class LLM:
                 f"use 0 to {self.pairing.n_draft_max} ({self.pairing.reason})",
             )
         self.scheduler.n_draft_max = k
+        self.scheduler.draft_lengths = lambda decoding: [k] * len(decoding)
+        self.runner.lengths = None
+
+    def set_draft_auto(self) -> None:
+        """Choose draft lengths by measured costs and acceptance, from the next step on.
+
+        Costs are measured at the first call, in under half a second, if nothing is in progress.
+
+        Raises:
+            OutdraftError: there is no drafter.
+        """
+        drafter, k = self.pairing.drafter, self.pairing.n_draft_max
+        if drafter is None:
+            raise OutdraftError("no draft length can be chosen", self.pairing.reason)
+        if self.lengths is None:
+            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts)
+            if not self.scheduler.busy:
+                target_pass = self.runner.target_pass
+                measure_costs(self.lengths, self.target, target_pass, drafter, self.memory, k)
+        self.scheduler.n_draft_max = k
+        self.scheduler.draft_lengths = self.lengths.choose
+        self.runner.lengths = self.lengths
 
     def encode(self, prompt: str | Seq[int]) -> tuple[int, ...]:
         """Token ids of a prompt: text gets `<bos>`, ids are taken as they are."""
@@ -278,7 +305,9 @@ class LLM:
             self.abort(sequence.id)
 
     def generate(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Completion:
-        """Run one request to its end."""
+        """Run one request to its end; `n` is 1."""
+        if params is not None and params.n != 1:
+            raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         return self.generate_all([prompt], params)[0]
 
     def generate_all(

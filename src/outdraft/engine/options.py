@@ -4,6 +4,8 @@ Here: what depends on the model's tokenizer: bad words as tokens, grammars, reas
 here: what the state does (sampling/state.py).
 """
 
+import threading
+
 from outdraft.errors import SamplingError
 from outdraft.request import SamplingParams
 from outdraft.sampling.grammar import Grammars
@@ -15,7 +17,7 @@ MARKERS = (("<|channel>", "<channel|>"), ("<think>", "</think>"))
 
 
 class Samplers:
-    """Makes the state of each request.
+    """Makes the state of each request; any thread may ask.
 
     Args:
         tokenizer: the model's.
@@ -27,6 +29,7 @@ class Samplers:
         self.vocab = vocab
         self.markers = find_markers(tokenizer)
         self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
 
     def start(
         self, params: SamplingParams, prompt_tokens: tuple[int, ...], end_ids: frozenset[int]
@@ -54,7 +57,8 @@ class Samplers:
             )
         grammar = None
         if params.grammar_options:
-            grammar = self._compiler(params).start(params)
+            with self._lock:
+                grammar = self._compiler(params).start(params)
         return SamplerState(
             params,
             prompt_tokens,

@@ -11,7 +11,7 @@ Shapes: B sequences, T rows, R rows with logits, K draft length, V vocabulary, H
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from outdraft.cache.memory import Memory, Span
 from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
 from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
 from outdraft.engine.sequence import Sequence
@@ -56,6 +57,8 @@ class Runner:
         self.drafter = drafter
         self.memory = memory
         self.target_pass = TargetPass(target, memory)
+        self.lengths: AutoLengths | None = None
+        """Set to let draft lengths be learned; None while they are fixed."""
         self.hidden: dict[str, Tensor] = {}
         self.faults = Faults()
         self.logits_log: dict[str, list[Tensor]] | None = None
@@ -80,6 +83,8 @@ class Runner:
     def forget(self, sequence_id: str) -> None:
         """Forget what is kept of a sequence beside its memory."""
         self.hidden.pop(sequence_id, None)
+        if self.lengths is not None:
+            self.lengths.close(sequence_id)
         if self.drafter is not None:
             self._drafter_call(self.drafter.close, sequence_id)
 
@@ -90,15 +95,48 @@ class Runner:
         Never raises for what one request or the drafter causes: the request ends with an event
         that says `error`.
         """
-        start = time.perf_counter()
+        start, n_failed = time.perf_counter(), self._n_failed
         proposal = self._propose(plan, sequences)
         drafted = time.perf_counter()
         forward_s, events = self._run(plan.work, sequences, proposal)
         if proposal.view is not None and self.drafter is not None:
             accepted = [proposal.accepted.get(s.id, 0) for s in proposal.view.sequences]
             self._drafter_call(self.drafter.commit, proposal.view, accepted)
+        if self.lengths is not None:
+            times = (drafted - start, forward_s, time.perf_counter() - drafted - forward_s)
+            failed = self._n_failed > n_failed
+            self._observe(self.lengths, plan, sequences, proposal, times, failed)
         self._clock(plan, sequences, start, drafted, drafted + forward_s)
         return events
+
+    @property
+    def _n_failed(self) -> int:
+        return self.faults.n_drafter + self.faults.n_pass + self.faults.n_request
+
+    def _observe(
+        self,
+        lengths: AutoLengths,
+        plan: StepPlan,
+        sequences: Mapping[str, Sequence],
+        proposal: _Proposal,
+        times: tuple[float, float, float],
+        failed: bool,
+    ) -> None:
+        """Tell the length controller of a step. `times`: seconds of draft, pass and rest."""
+        decoding = [sequences[w.sequence] for w in plan.work]
+        blocks = {
+            s: (len(block.tokens), proposal.accepted[s])
+            for s, block in proposal.blocks.items()
+            if block.tokens and s in proposal.accepted
+        }
+        n_rows = sum(w.n_rows for w in plan.work)
+        n_rows += sum(len(block.tokens) for block in proposal.blocks.values())
+        prompts = any(w.n_rows > 1 or sequences[w.sequence].stats.n_passes < 2 for w in plan.work)
+        depth = max((w.n_drafts for w in plan.work), default=0)
+        clean = not failed and not prompts and len(plan.work) > 0
+        lengths.observe(
+            decoding, StepCosts(len(decoding), n_rows, depth, *times, blocks, clean=clean)
+        )
 
     def _run(
         self, work: Seq[Work], sequences: Mapping[str, Sequence], proposal: _Proposal
@@ -207,7 +245,10 @@ class Runner:
         for w in work:
             s = sequences[w.sequence]
             hidden_H = self.hidden.get(s.id)
-            views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, hidden_H))
+            params = s.request.params
+            if not (params.greedy or self.lengths is None or self.lengths.draws(params)):
+                params = replace(params, temperature=0.0)
+            views.append(SequenceView(s.id, s.tokens, params, s.seed, hidden_H))
         view = self._view(views)
         draft = drafter.propose(view, max(w.n_drafts for w in work))
         self._check_draft(draft, len(work))

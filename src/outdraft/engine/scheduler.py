@@ -190,7 +190,12 @@ def most_cached(sequence: Sequence) -> int:
     """The longest beginning that may come from the cache.
 
     One row is left to compute, because the token after it needs its scores; for a sequence that
-    has emitted tokens one more, because drafting needs the last hidden state.
+    has emitted tokens one more, because drafting needs the last hidden state. A prompt whose
+    log-probabilities are asked for is computed as a whole.
     """
-    has_output = len(sequence.tokens) > len(sequence.request.prompt_tokens)
+    prompt = sequence.request.prompt_tokens
+    wanted = sequence.request.params.prompt_logprobs is not None
+    if wanted and len(sequence.prompt_logprobs) < len(prompt):
+        return 0
+    has_output = len(sequence.tokens) > len(prompt)
     return len(sequence.tokens) - (2 if has_output else 1)

@@ -35,11 +35,12 @@ class Recordable(Protocol):
 def recording(*all_ops: Recordable) -> Iterator[Replayable]:
     """Operations of all of these go into one program, in order, and are not run."""
     program: Replayable | None = None
+    unique = list({id(ops): ops for ops in all_ops}.values())  # two models may share theirs
     try:
-        for ops in all_ops:
+        for ops in unique:
             program = ops.begin(program)
         assert program is not None
         yield program
     finally:
-        for ops in all_ops:
+        for ops in unique:
             ops.end()

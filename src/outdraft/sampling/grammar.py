@@ -21,8 +21,8 @@ from outdraft.request import SamplingParams
 MAX_COMPILED = 32
 """Grammars kept compiled, the most recently used."""
 
-JSON_WHITESPACE = r"[ \t\n]{0,20}"
-"""Bounded, so that no text can consist of spaces without end."""
+JSON_WHITESPACE = r"( |\n[ \t]{0,20})?"
+"""A space, or a new line and its indentation: bounded, so that no text is spaces without end."""
 
 
 class GrammarState:

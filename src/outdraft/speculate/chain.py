@@ -28,8 +28,9 @@ def draft_chain(
         step: takes the newest token of every sequence, int32 [B], and returns fp32 scores [B, V]
             of the next and the argmax of each, int32 [B]. It is called k times in order and may
             overwrite what it returned.
-        sample_drafts: at temperature > 0, draw from the drafter's distribution (accepted more
-            often); otherwise its most probable token, a point mass.
+        sample_drafts: at temperature > 0 and without a seed of the user's, draw from the drafter's
+            distribution (accepted more often); otherwise its most probable token, a point mass,
+            with which the text of a seed does not depend on what was drafted.
     """
     newest_B = torch.tensor([s.tokens[-1] for s in sequences], dtype=torch.int32)
     probs: list[list[Tensor]] = [[] for _ in sequences]
@@ -39,7 +40,7 @@ def draft_chain(
         newest_B = best_B.clone()
         if sample_drafts:
             for b, sequence in enumerate(sequences):
-                if sequence.params.greedy:
+                if sequence.params.greedy or sequence.params.seed is not None:
                     continue
                 q_V = distribution(logits_BV[b : b + 1], sequence.params)[0]
                 u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT)

@@ -26,18 +26,23 @@ class CostCurve:
         sizes[size] = seconds if old is None else old + 0.2 * (min(seconds, 2 * old) - old)
 
     def at(self, n_sequences: int, size: int) -> float | None:
-        """Interpolated between measured sizes of the nearest measured batch; None if unknown."""
+        """Of the nearest measured batch, with a guess between measured sizes; None if unknown."""
         if not self.seconds:
             return None
         sizes = self.seconds[min(self.seconds, key=lambda n: (abs(n - n_sequences), n))]
         if size in sizes:
-            return sizes[size]
+            # Fewer rows cost no more: else one disturbed measurement would never be corrected.
+            return min(s for n, s in sizes.items() if n >= size)
         below = max((s for s in sizes if s < size), default=None)
         above = min((s for s in sizes if s > size), default=None)
         if below is None:
             return sizes[min(sizes)]
         if above is None:
             # Assumed flat, so that a larger size is tried once and then measured.
+            return sizes[below]
+        if 2 * (size - below) >= n_sequences:
+            # Assumed no dearer, so that it is tried once: a curve with steps would never be found
+            # between two measured ends. Batches have many sizes and try some of them.
             return sizes[below]
         share = (size - below) / (above - below)
         return sizes[below] + share * (sizes[above] - sizes[below])

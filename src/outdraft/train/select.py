@@ -69,7 +69,7 @@ def measure_drafting(
     if assistant is None:
         config = EngineConfig(spec_type="off")
     else:
-        config = EngineConfig(assistant=str(assistant), draft_n_max=k)
+        config = EngineConfig(assistant=str(assistant), draft_n=k)
     with LLM(str(target), config) as llm:
         params = SamplingParams(max_tokens=n_new, ignore_eos=True)
         completions = llm.generate_all(prompts, params)

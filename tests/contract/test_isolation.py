@@ -1,0 +1,157 @@
+"""No request feels another: whatever is added, aborted and preempted beside it, the same output.
+
+Hypothesis drives one engine with little memory; each finished request is compared with a run of its
+own in an engine without a prefix cache, where it has all memory to itself.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from outdraft.config import EngineConfig
+from outdraft.engine import scheduler
+from outdraft.engine.engine import LLM, Completion
+from outdraft.engine.sequence import Sequence
+from outdraft.request import FinishReason, SamplingParams
+from tests import tiny
+
+K = 4
+PAGE = 64
+BEGINNING = [7 + (31 * i + i * i) % 400 for i in range(2 * PAGE + 5)]
+SEEN: Counter[str] = Counter()
+
+
+@cache
+def engines() -> tuple[LLM, LLM]:
+    """The engine under test and the one for solo runs, of the same weights."""
+    root = Path(mkdtemp())
+    target = tiny.tiny_target(root / "target", "window", seed=21)
+    tiny.tiny_assistant(root / "assistant", target)
+    shared = EngineConfig(
+        draft_n_max=K, ctx_size=256, max_sequences=4, prefill_chunk=48, kv_cache_tokens=384
+    )
+    alone = EngineConfig(draft_n_max=K, ctx_size=256, max_sequences=1, prefix_cache=False)
+    both = LLM(str(target), shared), LLM(str(target), alone)
+    for llm in both:
+        llm.set_draft_n_max(K)  # sampled tokens depend on the draft length
+    return both
+
+
+@cache
+def solo(prompt: tuple[int, ...], params: SamplingParams) -> Completion:
+    """The request by itself. The draft length is pinned, as it is in the other engine."""
+    return engines()[1].generate(prompt, params)
+
+
+@dataclass(frozen=True)
+class Asked:
+    sequence: Sequence
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+# Lengths around the pages' ends, and beginnings that requests have in common.
+PROMPTS = st.builds(
+    lambda n, own: (*BEGINNING[:n], *own),
+    st.sampled_from([0, 40, 50, PAGE - 1, PAGE, PAGE + 40, 2 * PAGE - 12, 2 * PAGE, 2 * PAGE + 5]),
+    st.lists(st.integers(3, 200), min_size=1, max_size=4),
+)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.8, 1.3]),
+    seed=st.integers(0, 3),
+    top_k=st.sampled_from([0, 20]),
+    max_tokens=st.sampled_from([1, 17, 70, 100]),
+    stop=st.sampled_from([(), (), ("e",), ("a", "T")]),
+    ignore_eos=st.sampled_from([True, True, False]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
+)
+REQUESTS = st.tuples(PROMPTS, PARAMS, st.sampled_from(["", "", "a"]))
+
+
+class Isolation(RuleBasedStateMachine):
+    """One engine, many requests; all that is left is checked at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llm = engines()[0]
+        self.asked: list[Asked] = []
+        self.text: dict[str, str] = {}
+        self.horizon = scheduler.HORIZON_TOKENS
+        scheduler.HORIZON_TOKENS = 8
+
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
+    def add(self, requests: list[tuple[tuple[int, ...], SamplingParams, str]]) -> None:
+        for prompt, params, salt in requests:
+            sequence = self.llm.add(prompt, params, cache_salt=salt)
+            self.asked.append(Asked(sequence, prompt, params))
+            self.text[sequence.id] = ""
+
+    @precondition(lambda self: any(a.sequence.finish_reason is None for a in self.asked))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        alive = [a.sequence for a in self.asked if a.sequence.finish_reason is None]
+        chosen = data.draw(st.integers(0, len(alive) - 1))
+        self.llm.abort(alive[chosen].id)
+
+    @rule(n=st.integers(1, 12))
+    def run(self, n: int) -> None:
+        for _ in range(n):
+            for event in self.llm.step():
+                self.text[event.request_id] += event.text
+            self.llm.check()
+
+    def teardown(self) -> None:
+        try:
+            while self.llm.scheduler.busy:
+                self.run(1)
+            self.llm.check()
+            assert not self.llm.memory.lengths and not self.llm.runner.hidden
+            for asked in self.asked:
+                self.compare(asked)
+        finally:
+            scheduler.HORIZON_TOKENS = self.horizon
+            with self.llm:
+                pass
+
+    def compare(self, asked: Asked) -> None:
+        sequence, want = asked.sequence, solo(asked.prompt, asked.params)
+        SEEN["preempted"] += sequence.n_preempted
+        SEEN["cached"] += sequence.n_cached
+        if sequence.finish_reason is FinishReason.ABORT:
+            SEEN["aborted"] += 1
+            assert sequence.output == want.tokens[: len(sequence.output)]
+            return
+        SEEN["finished"] += 1
+        got = (sequence.output, self.text[sequence.id], sequence.finish_reason)
+        assert got == (want.tokens, want.text, want.finish_reason)
+
+
+def explore(n_examples: int) -> None:
+    SEEN.clear()
+    run_state_machine_as_test(
+        Isolation,
+        settings=settings(
+            max_examples=n_examples,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert all(SEEN[what] > 0 for what in ("preempted", "cached", "aborted", "finished")), SEEN
+
+
+def test_no_request_feels_another() -> None:
+    explore(20)
+
+
+@pytest.mark.prove
+def test_no_request_feels_another_in_many_ways() -> None:
+    explore(500)

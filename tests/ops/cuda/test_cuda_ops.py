@@ -1,0 +1,119 @@
+"""CudaOps against the reference, and row for row: on a GPU, else under Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+
+from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
+from outdraft.ops.cuda.ops import CudaOps, unpack4
+from outdraft.ops.reference import ReferenceOps
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REF = ReferenceOps()
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+def on(x: torch.Tensor) -> torch.Tensor:
+    return x.to(DEVICE)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, bound: float = 6e-3) -> None:
+    error = (got.cpu().double() - want.double()).norm() / want.double().norm()
+    assert error < bound
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "w8", "w4"])
+@pytest.mark.parametrize(("n", "k"), [(70, 1152), (33, 200), (64, 512)])
+def test_linear(fmt: str, n: int, k: int) -> None:
+    ops = CudaOps(DEVICE, fmt)
+    x, w = rand(19, k), rand(n, k)
+    packed = ops.pack(w)
+    got = ops.linear(on(x), packed)
+    close(got, x.double() @ w.double().T, {"bf16": 6e-3, "w8": 2e-2, "w4": 0.2}[fmt])
+    if packed.bits == 4:
+        whole = unpack4(packed.data, packed.scales).cpu()
+        close(got, x.double() @ whole.double().T)
+    for row in range(19):
+        assert torch.equal(ops.linear(on(x[row : row + 1]), packed), got[row : row + 1])
+    assert torch.equal(ops.linear(on(x[3:8].flip(0)), packed).flip(0), got[3:8])
+
+
+def test_norms_and_gate() -> None:
+    ops = CudaOps(DEVICE)
+    x, r, w, v = rand(5, 200), rand(5, 200), rand(200), rand(200)
+    close(ops.rms_norm(on(x), on(w), 1e-6), REF.rms_norm(x, w, 1e-6), 1e-5)
+    got = ops.add_norm(on(x), on(r), on(w), 1e-6, scale=0.7, next_weight=on(v))
+    want = REF.add_norm(x, r, w, 1e-6, scale=0.7, next_weight=v)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 1e-5)
+    one = ops.add_norm(on(x[2:3]), on(r[2:3]), on(w), 1e-6, scale=0.7, next_weight=on(v))
+    assert torch.equal(one[0], got[0][2:3]) and torch.equal(one[1], got[1][2:3])
+    close(ops.gated(on(x), on(r)), REF.gated(x, r), 1e-5)
+
+
+def test_attention_and_heads() -> None:
+    ops = CudaOps(DEVICE, kv_dtype=torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
+    heads, kv_heads, dim, pages = 4, 2, 32, 9
+    k, v = rand(pages, kv_heads, 64, dim), rand(pages, kv_heads, 64, dim)
+    raw, w, angle = rand(3, kv_heads, dim), rand(dim), rand(600, dim // 2)
+    position = torch.tensor([400, 401, 402], dtype=torch.int32)
+    slots = PageSlots(
+        torch.tensor([6, 6, 6], dtype=torch.int32), torch.tensor([16, 17, 18], dtype=torch.int32)
+    )
+    rotary = Rotary(angle.cos(), angle.sin(), position)
+    gpu_rotary = Rotary(on(angle.cos()), on(angle.sin()), on(position))
+    REF.write_heads(raw, k, None, slots, w, rotary, eps=1e-6)
+    gk, gv = on(k.clone()).to(ops.kv_dtype), on(v).to(ops.kv_dtype)
+    gk[6, :, 16:19] = 0
+    gpu_slots = PageSlots(on(slots.page_T), on(slots.slot_T))
+    ops.write_heads(on(raw), gk, None, gpu_slots, on(w), gpu_rotary, eps=1e-6)
+    close(gk, k)
+    table = torch.tensor([[3, 1, 8, 2, 5, 0, 6]], dtype=torch.int32)
+    lo, hi = [0, 70, 402], [400, 401, 402]
+
+    def rows(which: list[int]) -> list[torch.Tensor]:
+        numbers = ([0], [0] * len(which), [lo[i] for i in which], [hi[i] for i in which])
+        return [table, *(torch.tensor(x, dtype=torch.int32) for x in numbers)]
+
+    q = rand(3, heads, dim)
+    want = REF.attention(q, KvPages(k, v), AttentionRows.of(rows([0, 1, 2])), 1.0)
+    got = ops.attention(
+        on(q), KvPages(gk, gv), AttentionRows.of([on(x) for x in rows([0, 1, 2])]), 1.0
+    )
+    close(got, want, 2e-2)
+    for i in range(3):
+        alone = AttentionRows.of([on(x) for x in rows([i])])
+        own = ops.attention(on(q[i : i + 1]), KvPages(gk, gv), alone, 1.0)
+        assert torch.equal(own, got[i : i + 1])
+
+
+def test_experts_and_choice() -> None:
+    ops = CudaOps(DEVICE)
+    x, scores, per = rand(3, 64), rand(3, 12), rand(12)
+    gate_up, down = rand(12, 48, 64).bfloat16(), rand(12, 64, 24).bfloat16()
+    scores[1, 4] = scores[1, 9] = 9.0
+    ids, weights = ops.route(on(scores), 4, on(per))
+    want_ids, want_weights = REF.route(scores, 4, per)
+    assert torch.equal(ids.cpu(), want_ids)
+    close(weights, want_weights, 1e-5)
+    a, b = ops.pack(gate_up), ops.pack(down)
+    got = ops.experts(on(x), a, b, ids, weights)
+    close(got, REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights))
+    assert torch.equal(ops.experts(on(x[1:2]), a, b, ids[1:2], weights[1:2]), got[1:2])
+    many, same = rand(41, 64), torch.randint(0, 3, (41, 1), dtype=torch.int32)
+    one = torch.ones(41, 1)
+    got = ops.experts(on(many), a, b, on(same), on(one))
+    close(got, REF.experts(many, gate_up.float(), down.float(), same, one))
+    for i in (0, 17, 40):
+        alone = ops.experts(on(many[i : i + 1]), a, b, on(same[i : i + 1]), on(one[i : i + 1]))
+        assert torch.equal(alone, got[i : i + 1])
+    logits = torch.tensor([[1.0, 5.0, 5.0], [7.0, 2.0, 7.0]])
+    assert ops.argmax(on(logits)).tolist() == [1, 0]
