@@ -28,7 +28,8 @@ class EngineConfig:
     """How a model is loaded and run.
 
     Attributes:
-        spec_type: which drafter; `auto` takes the one that fits the target, or none.
+        spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
+            repeats the text itself; `ngram+gemma4-assistant` does where a long match is found.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
