@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.testing import do_bench
+from triton.testing import do_bench_cudagraph
 
 from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
 from outdraft.ops.cuda import kernels
 
-SPLIT_KEYS = 4 * PAGE_SLOTS
+SPLIT_KEYS = 2 * PAGE_SLOTS
 WAVES = 132 * 2  # programs under which tiles of N alone leave processors idle
 MAX_PAIRS = 1024
 
@@ -149,8 +149,8 @@ class CudaOps:
                 out = torch.empty(16, weight.n, device=self.device)
                 cut = min(
                     cuts_to_try(weight.n, weight.k),
-                    key=lambda cut: do_bench(
-                        lambda: self._launch(x_TK, weight, out, cut), warmup=2, rep=6
+                    key=lambda cut: do_bench_cudagraph(
+                        lambda: self._launch(x_TK, weight, out, cut), rep=2
                     ),
                 )
             self.cuts[key] = cut
@@ -194,7 +194,7 @@ class CudaOps:
         k = x_TK.shape[1]
         kernels.norm_kernel[(x_TK.shape[0],)](
             x_TK, x_TK, w, w, out, out, k, eps, 1.0, ADD=False, HAS_W=weight_K is not None,
-            HAS_NEXT=False, BLOCK=triton.next_power_of_2(k),
+            HAS_NEXT=False, BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4,
         )  # fmt: skip
         return out
 
@@ -215,7 +215,7 @@ class CudaOps:
             x_TK, residual_TK, x_TK if weight_K is None else weight_K,
             x_TK if next_weight is None else next_weight, y, out, k, eps, scale, ADD=True,
             HAS_W=weight_K is not None, HAS_NEXT=next_weight is not None,
-            BLOCK=triton.next_power_of_2(k),
+            BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4,
         )  # fmt: skip
         return y, out
 
@@ -290,7 +290,7 @@ class CudaOps:
             q_THD, kv.k_PGSD, kv.v_PGSD, rows.table_BP, rows.first_page_B, rows.sequence_T,
             rows.lo_T, rows.hi_T, part, stats, scale, width, n_splits, g, D=d, GROUP=h // g,
             GP=max(16, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
-            TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, num_stages=2,
+            TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, num_stages=2, num_warps=8 if d > 256 else 4,
         )  # fmt: skip
         kernels.attention_merge_kernel[(t, h)](
             part, stats, rows.lo_T, rows.hi_T, out, n_splits, h, D=d, SLOTS=PAGE_SLOTS,
