@@ -8,6 +8,7 @@ also a graph.
 import json
 import sys
 import time
+from dataclasses import astuple
 from itertools import accumulate
 from operator import mul
 from statistics import median
@@ -35,12 +36,27 @@ class MadeUp(CudaOps):
         shape = weight.shape
         if self.format == "w8" and role != "router" and len(shape) == 2:
             data = torch.randint(-127, 128, shape, dtype=torch.int8)
-            return CudaWeight.of(data, torch.full((shape[0],), shape[1] ** -0.5 / 73))
+            return CudaWeight(data, torch.full((shape[0],), shape[1] ** -0.5 / 73), 8)
+        if self.format == "w4" and role != "router" and len(shape) == 2 and shape[1] % 64 == 0:
+            data = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8)
+            scales = torch.full((shape[0], shape[1] // 32), shape[1] ** -0.5 / 4.6)
+            return CudaWeight(data, scales.bfloat16(), 4)
         data = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
-        return CudaWeight.of(data)
+        return CudaWeight(data)
 
     def pack_blocks(self, weight_VK, ids_CN):
         return self.pack(torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta"))
+
+
+class Cublas(MadeUp):
+    """The same graph with cuBLAS linears and bf16 activations: nothing promises equal rows."""
+
+    def embed(self, weight, token_T, scale):
+        return (weight.data[token_T.long()] * scale).bfloat16()
+
+    def linear(self, x_TK, weight, dtype=None):
+        out = x_TK.bfloat16() @ weight.data.T
+        return out if dtype is None else out.to(dtype)
 
 
 def placeholders(expected):
@@ -80,7 +96,9 @@ def timed(graph, rounds=15):
 def measure(name, fmt):
     start = time.time()
     shape = find_shape(name)
-    ops = MadeUp(torch.device("cuda"), fmt)
+    cublas = fmt == "cublas"
+    kind = Cublas if cublas else MadeUp
+    ops = kind(torch.device("cuda"), "bf16" if cublas else fmt, tune=True)
     positions = CONTEXT + 512
     memory = Memory(memory_layers(shape.target), max_sequences=1, max_tokens=positions,
                     max_rows=64, dtype=torch.bfloat16)  # fmt: skip
@@ -151,6 +169,7 @@ def measure(name, fmt):
         "cost_by_rows": {n: s / plain for n, s in row_s.items()},
         "us_by_rows": {n: s * 1e6 for n, s in row_s.items()},
         "draft_step_us": draft_s * 1e6, "acceptance": ACCEPT, "drafting": drafting,
+        "cuts": {str(k): list(astuple(c)) for k, c in ops.cuts.items()},
         "peak_bytes": torch.cuda.max_memory_allocated(), "measuring_s": time.time() - start,
     }  # fmt: skip
 

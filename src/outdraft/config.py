@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
 
-SpecType = Literal["auto", "off", "gemma4-assistant"]
+SpecType = Literal["auto", "off", "gemma4-assistant", "ngram", "ngram+gemma4-assistant"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
@@ -28,7 +28,8 @@ class EngineConfig:
     """How a model is loaded and run.
 
     Attributes:
-        spec_type: which drafter; `auto` takes the one that fits the target, or none.
+        spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
+            repeats the text itself; `ngram+gemma4-assistant` does where a long match is found.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
@@ -96,7 +97,8 @@ class EngineConfig:
                 f"draft_n is {self.draft_n} and draft_n_max is {self.draft_n_max}",
                 "give one of the two",
             )
-        if self.spec_type == "off" and self.assistant is not None:
+        if self.spec_type in ("off", "ngram") and self.assistant is not None:
             raise OutdraftError(
-                "an assistant is given and spec_type is off", "leave one of the two out"
+                f"an assistant is given and spec_type is {self.spec_type}",
+                "leave one of the two out",
             )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.config import DType, EngineConfig, Quant
+from outdraft.config import DType, EngineConfig, Quant, SpecType
 from outdraft.engine import graphs
 from outdraft.engine.engine import LLM
 from outdraft.request import SamplingParams
@@ -86,6 +86,49 @@ def test_every_draft_length_gives_the_bits_of_plain_decoding(
         assert_same(run(llm, [prompt], k)[0], want)
         assert_same(run(llm, several, k)[k % 3], want)
     assert_idle(llm)
+
+
+def repetitive(n: int) -> list[list[int]]:
+    """Prompts in which the text of the last tokens came before, and others without a repeat."""
+    return [p * 2 + p[:6] if i % 2 else p for i, p in enumerate(prompts(n)[:n])]
+
+
+@pytest.mark.parametrize("backend", ["reference", "w8"])
+@pytest.mark.parametrize("spec_type", ["ngram", "ngram+gemma4-assistant"])
+def test_drafts_from_the_text_give_the_bits_of_plain_decoding(
+    pair: Path, spec_type: SpecType, backend: str
+) -> None:
+    assistant = None if spec_type == "ngram" else str(pair.parent / "assistant")
+    config = EngineConfig(
+        spec_type=spec_type, assistant=assistant, draft_n_max=7, ctx_size=256, **BACKENDS[backend]
+    )
+    llm = LLM(str(pair), config)
+    several = repetitive(3)
+    plain = [run(llm, [prompt], 0)[0] for prompt in several]
+    for k in (1, 3, 7):
+        assert_same(run(llm, [several[1]], k)[0], plain[1])
+        for got, want in zip(run(llm, several, k), plain, strict=True):
+            assert_same(got, want)
+    assert llm.runner.faults.n_drafter == 0
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("spec_type", ["ngram", "ngram+gemma4-assistant"])
+def test_sampled_text_of_a_seed_does_not_depend_on_drafts_from_the_text(
+    spec_type: SpecType,
+) -> None:
+    llm = LLM("demo", EngineConfig(spec_type=spec_type, draft_n_max=7))
+    text = "def mean(values):\n    return sum(values) / len(values)\n"
+    prompt = list(llm.encode(text * 2 + "def mean(values):\n"))
+    params = SamplingParams(max_tokens=N_NEW, temperature=0.8, seed=3, ignore_eos=True)
+    outputs = []
+    for k in (0, 2, 7):
+        llm.set_draft_n_max(k)
+        sequence = llm.add(prompt, params)
+        while llm.scheduler.busy:
+            llm.step()
+        outputs.append(sequence.output)
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -193,6 +193,7 @@ def _row(runs: Sequence[Run]) -> dict[str, Any]:
         "tok_s": median(rates),
         "tok_s_min": min(rates),
         "tok_s_max": max(rates),
+        "tok_s_rounds": rates,
         "ttft_ms_p50": percentile(ttft_ms, 50),
         "ttft_ms_p99": percentile(ttft_ms, 99),
         "tpot_ms_p50": percentile(tpot_ms, 50),

@@ -18,6 +18,7 @@ from outdraft.engine.engine import LLM
 from outdraft.request import SamplingParams
 from outdraft.sampling.logits import distribution
 from outdraft.speculate import proof, verify
+from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
 
@@ -42,6 +43,8 @@ class Found:
 @contextmanager
 def point_mass_drafts(drafter: Drafter | None, on: bool) -> Iterator[None]:
     """While the block runs, a model drafter takes its most probable token and draws nothing."""
+    if isinstance(drafter, NgramFirst):
+        drafter = drafter.other
     if not on or not isinstance(drafter, Gemma4AssistantDrafter):
         yield
         return

@@ -227,8 +227,8 @@ def show(report: dict[str, Any]) -> None:
 def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
     """A rich table of our two arms, one row a kind."""
     made = new_table(
-        f"{mode}: tokens per second, speed-up (quartiles over prompts); auto: that of\n"
-        "chosen lengths; share of draft/verify/rest, drafts accepted by position",
+        f"{mode}: tokens per second, speed-up (quartiles over prompts);\n"
+        "auto: with chosen lengths; share of draft/verify/rest; accepted by position",
         ["plain", "draft", "speed-up", "auto", "tok/pass", "time %", "accepted %"],
     )
     for kind, figures in kinds.items():

@@ -66,13 +66,7 @@ def bench_throughput(
     from outdraft.cli.streaming import load
 
     llm = load(model, config)
-    if llm.pairing.drafter is None:
-        raise OutdraftError(
-            f"there is nothing to compare: {llm.pairing.reason}",
-            "give the drafter with --assistant, and a --spec-draft-n-max above 0",
-        )
-    if max_tokens > llm.ctx_size // 2:
-        raise OutdraftError(f"--max-tokens {max_tokens} is too long", f"most: {llm.ctx_size // 2}")
+    check(llm, max_tokens)
     prompts = find_prompts(llm, None, PROMPTS_PER_KIND, seed)
     asked = mix_requests(prompts, requests or 2 * wanted[-1], max_tokens, llm.ctx_size, seed)
     report = summarise(measure(llm, asked, wanted, rounds))
@@ -83,12 +77,32 @@ def bench_throughput(
         "max_tokens": max_tokens,
     }
     report |= {"machine": describe_machine(), **describe_version()}
+    deliver(report, json_file)
+
+
+def deliver(report: dict[str, Any], json_file: str | None) -> None:
+    """The report as JSON on stdout, or as tables and, if a file is named, into it."""
     if json_file == "-":
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
         return
     show(report)
     if json_file is not None:
         save(report, Path(json_file))
+
+
+def check(llm: "LLM", max_tokens: int) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        OutdraftError: there is no drafter, or the answers leave no room for prompts.
+    """
+    if llm.pairing.drafter is None:
+        raise OutdraftError(
+            f"there is nothing to compare: {llm.pairing.reason}",
+            "give the drafter with --assistant, and a --spec-draft-n-max above 0",
+        )
+    if max_tokens > llm.ctx_size // 2:
+        raise OutdraftError(f"--max-tokens {max_tokens} is too long", f"most: {llm.ctx_size // 2}")
 
 
 def read_concurrencies(text: str) -> list[int]:

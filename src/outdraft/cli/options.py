@@ -25,7 +25,11 @@ Assistant = Annotated[
     typer.Option(help="The drafter's directory or id; found by itself if not given."),
 ]
 Spec = Annotated[
-    SpecType, typer.Option("--spec-type", help="Which drafter: auto, off or gemma4-assistant.")
+    SpecType,
+    typer.Option(
+        "--spec-type",
+        help="Which drafter: auto, off, gemma4-assistant, ngram or ngram+gemma4-assistant.",
+    ),
 ]
 DraftMax = Annotated[
     int | None,

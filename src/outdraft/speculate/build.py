@@ -10,11 +10,15 @@ from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig
 from outdraft.models.registry import Target, choose_ops, open_weights
 from outdraft.ops.cpu import CpuOps
+from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
+from outdraft.speculate.ngram import NgramDrafter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config, read_json
 from outdraft.weights.find import find_assistant
+
+NGRAM_DRAFTS = 8  # the most a step where --spec-draft-n-max is not given
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,9 @@ def build_drafter(target: Target, config: EngineConfig) -> Pairing:
         return Pairing(None, "drafting is off: --spec-draft-n 0")
     if config.draft_n_max == 0:
         return Pairing(None, "drafting is off: --spec-draft-n-max 0")
+    if config.spec_type == "ngram":
+        n_max = _first(config.draft_n, config.draft_n_max, NGRAM_DRAFTS)
+        return Pairing(NgramDrafter(), "ngram: drafts from the text itself", None, n_max)
     asked = config.assistant is not None or config.spec_type != "auto"
     choice = find_assistant(target.path, config.assistant)
     if choice.path is None:
@@ -95,7 +102,15 @@ def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfi
     kv_layers: dict[str, int] = {
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
     }
-    drafter = Gemma4AssistantDrafter(model, kv_layers, sample_drafts=config.sample_drafts)
-    asked = (config.draft_n, config.draft_n_max, assistant.n_draft_default)
-    n_max = next(n for n in asked if n is not None)
+    drafter: Drafter = Gemma4AssistantDrafter(model, kv_layers, sample_drafts=config.sample_drafts)
+    n_max = _first(config.draft_n, config.draft_n_max, assistant.n_draft_default)
+    if config.spec_type == "ngram+gemma4-assistant":
+        drafter = NgramFirst(NgramDrafter(), drafter)
+        n_max = _first(
+            config.draft_n, config.draft_n_max, max(assistant.n_draft_default, NGRAM_DRAFTS)
+        )
     return Pairing(drafter, f"{drafter.name}: {reason}", path, n_max)
+
+
+def _first(*numbers: int | None) -> int:
+    return next(n for n in numbers if n is not None)

@@ -9,6 +9,7 @@ used. Not here: measuring time, or drafting.
 from dataclasses import dataclass, field
 
 DECAY = 0.98
+FADE = 0.99
 PRIOR_WEIGHT = 4.0
 PROBE_SHARE = 0.01
 
@@ -65,6 +66,11 @@ class Acceptance:
         for j in range(min(n_drafted, n_accepted + 1)):
             self.tried[j] = DECAY * self.tried[j] + 1
             self.kept[j] = DECAY * self.kept[j] + (j < n_accepted)
+        if 0 < n_drafted == n_accepted < len(self.tried):
+            # One more would have been looked at: what is known of it fades, or a few unlucky
+            # drafts would stop it for good.
+            self.tried[n_drafted] *= FADE
+            self.kept[n_drafted] *= FADE
 
     def rate(self, j: int, prior: float) -> float:
         """Mean of the Beta posterior at position j."""

@@ -1,8 +1,17 @@
-"""The continuation of the longest earlier match, found by a suffix automaton. No tensors.
+"""Drafts from the text itself: the continuation of the longest earlier match.
 
-One automaton per sequence reads its committed tokens, prompt and output, as they come. Not here:
-the drafter around it, or whether its guess is worth a row of the target.
+A suffix automaton per sequence reads its committed tokens, prompt and output, as they come. It
+never sees a draft, so a rejection leaves nothing to undo. Not here: whether a guess is worth a row
+of the target (length.py), who drafts where nothing matches (compose.py).
+
+Shapes: B sequences, K draft length.
 """
+
+import torch
+
+from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
+
+MIN_MATCH = 4
 
 
 class SuffixAutomaton:
@@ -73,3 +82,44 @@ class SuffixAutomaton:
         self._length.append(length)
         self._first_end.append(first_end)
         return len(self._link) - 1
+
+
+class NgramDrafter:
+    """Proposes what followed the same tokens earlier in the text (a `Drafter`).
+
+    A sequence whose last `min_match` tokens did not occur before gets no drafts.
+    """
+
+    name = "ngram"
+    needs = Taps()
+
+    def __init__(self, *, min_match: int = MIN_MATCH) -> None:
+        self.min_match = min_match
+        self._automata: dict[str, SuffixAutomaton] = {}
+
+    def open(self, sequence: str) -> None:
+        """Begin to read a sequence; one that was preempted goes on where its reading stopped."""
+        self._automata.setdefault(sequence, SuffixAutomaton())
+
+    def close(self, sequence: str) -> None:
+        """Forget a sequence."""
+        self._automata.pop(sequence, None)
+
+    def commit(self, view: TargetView, n_accepted: list[int]) -> None:
+        """Nothing to keep: the tokens are read from the next view."""
+
+    def continuation(self, sequence: SequenceView, k: int) -> list[int]:
+        """At most k tokens that may come next; reads what was committed since the last call."""
+        automaton = self._automata[sequence.id]
+        automaton.read(sequence.tokens[len(automaton.tokens) :])
+        return automaton.continuation(k, self.min_match)
+
+    def propose(self, view: TargetView, k: int) -> Draft:
+        """See `Drafter.propose`; every draft is a point mass."""
+        return point_masses([self.continuation(s, k) for s in view.sequences], k)
+
+
+def point_masses(drafts: list[list[int]], k: int) -> Draft:
+    """A `Draft` of these tokens, at most k for each sequence, without distributions."""
+    tokens_BK = torch.tensor([d + [0] * (k - len(d)) for d in drafts], dtype=torch.int64)
+    return Draft(tokens_BK.view(len(drafts), k), [None] * len(drafts), [len(d) for d in drafts])

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
-from outdraft.ops.cuda.ops import CudaOps
+from outdraft.ops.cuda.ops import CudaOps, unpack4
 from outdraft.ops.reference import ReferenceOps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,14 +30,17 @@ def close(got: torch.Tensor, want: torch.Tensor, bound: float = 6e-3) -> None:
     assert error < bound
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "w8"])
-@pytest.mark.parametrize(("n", "k"), [(70, 1100), (33, 200)])
+@pytest.mark.parametrize("fmt", ["bf16", "w8", "w4"])
+@pytest.mark.parametrize(("n", "k"), [(70, 1152), (33, 200), (64, 512)])
 def test_linear(fmt: str, n: int, k: int) -> None:
     ops = CudaOps(DEVICE, fmt)
     x, w = rand(19, k), rand(n, k)
     packed = ops.pack(w)
     got = ops.linear(on(x), packed)
-    close(got, x.double() @ w.double().T, 2e-2 if fmt == "w8" else 6e-3)
+    close(got, x.double() @ w.double().T, {"bf16": 6e-3, "w8": 2e-2, "w4": 0.2}[fmt])
+    if packed.bits == 4:
+        whole = unpack4(packed.data, packed.scales).cpu()
+        close(got, x.double() @ whole.double().T)
     for row in range(19):
         assert torch.equal(ops.linear(on(x[row : row + 1]), packed), got[row : row + 1])
     assert torch.equal(ops.linear(on(x[3:8].flip(0)), packed).flip(0), got[3:8])
@@ -105,5 +108,12 @@ def test_experts_and_choice() -> None:
     got = ops.experts(on(x), a, b, ids, weights)
     close(got, REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights))
     assert torch.equal(ops.experts(on(x[1:2]), a, b, ids[1:2], weights[1:2]), got[1:2])
+    many, same = rand(41, 64), torch.randint(0, 3, (41, 1), dtype=torch.int32)
+    one = torch.ones(41, 1)
+    got = ops.experts(on(many), a, b, on(same), on(one))
+    close(got, REF.experts(many, gate_up.float(), down.float(), same, one))
+    for i in (0, 17, 40):
+        alone = ops.experts(on(many[i : i + 1]), a, b, on(same[i : i + 1]), on(one[i : i + 1]))
+        assert torch.equal(alone, got[i : i + 1])
     logits = torch.tensor([[1.0, 5.0, 5.0], [7.0, 2.0, 7.0]])
     assert ops.argmax(on(logits)).tolist() == [1, 0]

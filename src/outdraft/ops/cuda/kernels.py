@@ -11,56 +11,128 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def linear_kernel(x, w, scales, out, n_rows, N, K, x_stride, TILES: tl.constexpr,
-                  SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  DOT: tl.constexpr):  # fmt: skip
-    """One [16, BN] tile of one part of K; `out` is [SPLIT, rows, N]."""
+@triton.jit
+def _finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT: tl.constexpr):
+    """A tile into `out`; of several parts the last to arrive adds all of them in order."""
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < N)
+    at = rows[:, None].to(tl.int64) * N + cols[None, :]
+    if SPLIT == 1:
+        tl.store(out + at, acc, mask=mask)
+    else:
+        size = n_rows.to(tl.int64) * N
+        tl.store(parts + tl.program_id(1) * size + at, acc, mask=mask)
+        tl.debug_barrier()
+        ticket = tickets + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLIT - 1:
+            total = tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
+            for part in tl.static_range(1, SPLIT):
+                total += tl.load(parts + part * size + at, mask=mask, other=0.0,
+                                 cache_modifier=".cg")  # fmt: skip
+            tl.store(out + at, total, mask=mask)
+            tl.store(ticket, 0)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+def linear_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
+                  SCALED: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  EVEN: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One [16, BN] tile of one part of K; EVEN: tiles cover N and K exactly.
+
+    TILES is n_tiles for Triton's interpreter, which has no loops of a run-time length, else 0.
+    """
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    part = tl.program_id(1)
     rows = tl.program_id(2) * 16 + tl.arange(0, 16)
+    first = tl.program_id(1) * n_tiles * BK
     ks = tl.arange(0, BK)
     acc = tl.zeros((16, BN), tl.float32)
-    for tile in range(TILES):
-        k = (part * TILES + tile) * BK + ks
-        x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
-                         mask=(rows[:, None] < n_rows) & (k[None, :] < K), other=0.0)  # fmt: skip
-        w_tile = tl.load(w + cols[:, None].to(tl.int64) * K + k[None, :],
-                         mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
+    for tile in range(TILES if TILES > 0 else n_tiles):
+        k = first + tile * BK + ks
+        at = cols[:, None].to(tl.int64) * K + k[None, :]
+        if EVEN:
+            x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
+                             mask=rows[:, None] < n_rows, other=0.0)  # fmt: skip
+            w_tile = tl.load(w + at, eviction_policy="evict_first")
+        else:
+            x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
+                             mask=(rows[:, None] < n_rows) & (k[None, :] < K),
+                             other=0.0)  # fmt: skip
+            w_tile = tl.load(w + at, mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)
         acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).T, acc)
     if SCALED:
         acc = acc * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
-    at = (part * n_rows + rows[:, None]).to(tl.int64) * N + cols[None, :]
-    tl.store(out + at, acc, mask=(rows[:, None] < n_rows) & (cols[None, :] < N))
+    _finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
 
 
-@triton.jit(do_not_specialize=["n"])
-def merge_kernel(parts, out, n, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Parts of a linear, added in order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(parts + at, mask=at < n, other=0.0)
-    for part in tl.static_range(1, SPLIT):
-        total += tl.load(parts + part * n + at, mask=at < n, other=0.0)
-    tl.store(out + at, total, mask=at < n)
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+def linear4_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
+                   SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   TILES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """As linear_kernel, of 4-bit weights: byte j holds k = 64 (j // 32) + j % 32 and k + 32.
+
+    BK bytes a tile; `scales` [N, K / 32], of a bf16 product of scale and value.
+    """
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(2) * 16 + tl.arange(0, 16)
+    first = tl.program_id(1) * n_tiles * BK
+    acc = tl.zeros((16, BN), tl.float32)
+    for tile in range(TILES if TILES > 0 else n_tiles):
+        start = first + tile * BK
+        j = start + tl.arange(0, BK)
+        k = j // 32 * 64 + j % 32
+        x_mask = (rows[:, None] < n_rows) & (k[None, :] < K)
+        x_at = x + rows[:, None] * x_stride + k[None, :]
+        x_low = tl.load(x_at, mask=x_mask, other=0.0).to(tl.bfloat16)
+        x_high = tl.load(x_at + 32, mask=x_mask, other=0.0).to(tl.bfloat16)
+        mask = (cols[:, None] < N) & (j[None, :] < K // 2)
+        q = tl.load(w + cols[:, None].to(tl.int64) * (K // 2) + j[None, :], mask=mask, other=0)
+        g = start // 32 + tl.arange(0, BK // 32)
+        s_at = scales + cols[:, None].to(tl.int64) * (K // 32) + 2 * g[None, :]
+        s_mask = (cols[:, None] < N) & (g[None, :] < K // 64)
+        s_low = tl.load(s_at, mask=s_mask, other=0.0)
+        s_high = tl.load(s_at + 1, mask=s_mask, other=0.0)
+        low = ((q & 15).to(tl.int8) - 8).to(tl.bfloat16)
+        high = ((q >> 4).to(tl.int8) - 8).to(tl.bfloat16)
+        wide: tl.constexpr = (BN, BK // 32, 32)
+        low = low * tl.broadcast_to(s_low[:, :, None], wide).reshape(BN, BK)
+        high = high * tl.broadcast_to(s_high[:, :, None], wide).reshape(BN, BK)
+        acc = tl.dot(x_low.to(DOT), low.to(DOT).T, acc)
+        acc = tl.dot(x_high.to(DOT), high.to(DOT).T, acc)
+    _finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
 
 
-@triton.jit
-def expert_kernel(x, w, ids, out, N, K: tl.constexpr, A: tl.constexpr, PER_PAIR: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Row of a pair times its own block of the weight [E, N, K]; `out` is [pairs, N]."""
-    pair = tl.program_id(0)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    ks = tl.arange(0, BK)
-    row = pair if PER_PAIR else pair // A
-    base = w + tl.load(ids + pair).to(tl.int64) * N * K
-    acc = tl.zeros((BN, BK), tl.float32)
-    for start in range(0, K, BK):
-        k = start + ks
-        x_k = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-        tile = tl.load(base + cols[:, None] * K + k[None, :],
-                       mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
-        acc += tile.to(tl.float32) * x_k[None, :]
-    tl.store(out + pair * N + cols, tl.sum(acc, 1), mask=cols < N)
+@triton.jit(do_not_specialize=["n_pairs"])
+def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
+                  PER_PAIR: tl.constexpr, PAIRS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  DOT: tl.constexpr):  # fmt: skip
+    """Rows of pairs times their own block of the weight [E, N, K]; `out` is [pairs, N].
+
+    Every sixteenth pair of a block leads: its program reads the block's weights once for itself
+    and the up to 15 pairs of the block behind it. A row's sum runs over K alone.
+    """
+    lead = tl.program_id(1)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    q = tl.arange(0, PAIRS)
+    block = tl.load(ids + lead)
+    same = (tl.load(ids + q, mask=q < n_pairs, other=-1) == block).to(tl.int32)
+    before = tl.sum(tl.where(q < lead, same, 0), 0)
+    if before % 16 == 0:
+        rank = tl.cumsum(same, 0) - 1 - before
+        i = tl.arange(0, 16)
+        hit = (same[None, :] > 0) & (rank[None, :] == i[:, None])
+        pairs = tl.max(tl.where(hit, q[None, :], -1), 1)
+        real = pairs >= 0
+        rows = pairs if PER_PAIR else pairs // A
+        base = w + block.to(tl.int64) * N * K
+        acc = tl.zeros((16, BN), tl.float32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            x_tile = tl.load(x + rows[:, None] * K + k[None, :],
+                             mask=real[:, None] & (k[None, :] < K), other=0.0)  # fmt: skip
+            tile = tl.load(base + cols[:, None] * K + k[None, :],
+                           mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
+            acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), tile.to(DOT).T, acc)
+        tl.store(out + pairs[:, None] * N + cols[None, :], acc,
+                 mask=real[:, None] & (cols[None, :] < N))  # fmt: skip
 
 
 @triton.jit

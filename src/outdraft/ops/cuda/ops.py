@@ -1,44 +1,64 @@
 """`CudaOps`: a model's operations on one GPU, from Triton kernels (kernels.py).
 
-Activations are fp32, weights bf16 or int8 with a scale a row, products bf16 with fp32 sums. What
+Activations are fp32, weights bf16, int8 with a scale a row or 4 bits
+with a scale for 32, products bf16 with fp32 sums. What
 PyTorch is left with (lookups, soft-cap, arg-max by comparison) has no sum whose order could change.
-Recording is a CUDA graph. Weights of 4 bits are not supported.
+Recording is a CUDA graph. A linear's tiles are chosen by its weight's shape, never by its rows.
 
 Shapes: as in ops/base.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.testing import do_bench_cudagraph
 
 from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
 from outdraft.ops.cuda import kernels
 
-SPLIT_KEYS = 4 * PAGE_SLOTS
-SMALL_N = 132 * 64 * 2  # outputs under which tiles of N alone leave processors idle
+SPLIT_KEYS = 2 * PAGE_SLOTS
+WAVES = 132 * 2  # programs under which tiles of N alone leave processors idle
+MAX_PAIRS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a linear is cut: outputs and inputs a tile, warps, pipeline stages, parts of K."""
+
+    tile_n: int = 64
+    tile_k: int = 128
+    warps: int = 4
+    stages: int = 4
+    split: int = 1
+
+    @classmethod
+    def of(cls, n: int, k: int) -> "Cut":
+        """A cut for any card."""
+        split = 1
+        while split < 4 and n * split // 64 < WAVES and k // (split * 2) >= 512:
+            split *= 2
+        return cls(split=split)
+
+
+def cuts_to_try(n: int, k: int) -> list[Cut]:
+    """What `CudaOps.tune` measures."""
+    tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (32, 256, 4, 4), (128, 64, 4, 5), (64, 64, 4, 6),
+             (32, 128, 4, 6)]  # fmt: skip
+    splits = [s for s in (1, 2, 4) if s == 1 or (n * s <= 64 * WAVES * 4 and k // s >= 512)]
+    return [Cut(*tile, split) for tile in tiles for split in splits]
 
 
 @dataclass(frozen=True, slots=True)
 class CudaWeight:
-    """[N, K] or [E, N, K] on the device, and how `linear` cuts it: functions of N and K only."""
+    """[N, K] or [E, N, K] on the device; of 4 bits `data` is [N, K / 2]."""
 
     data: Tensor
-    scales: Tensor | None
-    split: int
-    tile_k: int
-
-    @classmethod
-    def of(cls, data: Tensor, scales: Tensor | None = None) -> "CudaWeight":
-        """With its cut."""
-        n, k = data.shape[-2:]
-        split = 1
-        while split < 8 and n * split * 2 <= SMALL_N and k // (split * 2) >= 512:
-            split *= 2
-        return cls(data, scales, split, 128)
+    scales: Tensor | None = None
+    bits: int = 16
 
     @property
     def n(self) -> int:
@@ -48,7 +68,7 @@ class CudaWeight:
     @property
     def k(self) -> int:
         """Inputs."""
-        return self.data.shape[-1]
+        return self.data.shape[-1] * (2 if self.bits == 4 else 1)
 
     @property
     def n_bytes(self) -> int:
@@ -62,8 +82,11 @@ class CudaOps:
     """See the module docstring."""
 
     device: torch.device
-    format: Literal["bf16", "w8"] = "bf16"
+    format: Literal["bf16", "w8", "w4"] = "bf16"
     kv_dtype: torch.dtype = torch.bfloat16
+    tune: bool = False
+    cuts: dict[tuple[int, int, int], Cut] = field(default_factory=dict)
+    tickets: dict[int, Tensor] = field(default_factory=dict)
 
     def describe(self) -> str:
         """See `Ops.describe`."""
@@ -82,19 +105,24 @@ class CudaOps:
     def pack(self, weight: Tensor, role: Role = "linear") -> CudaWeight:
         """See `Ops.pack`."""
         if self.format == "bf16" or role == "router" or weight.ndim == 3:
-            return CudaWeight.of(weight.to(self.device, torch.bfloat16).contiguous())
+            return CudaWeight(weight.to(self.device, torch.bfloat16).contiguous())
         rows = weight.to(self.device, torch.float32)
+        if self.format == "w4" and weight.shape[1] % 64 == 0:
+            return pack4(rows)
         scales = rows.abs().amax(1).clamp(min=1e-30) / 127
         data = (rows / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return CudaWeight.of(data, scales)
+        return CudaWeight(data, scales, 8)
 
     def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> CudaWeight:
         """See `Ops.pack_blocks`."""
         blocks = weight_VK.to(self.device)[ids_CN.to(self.device).long()]
-        return CudaWeight.of(blocks.to(torch.bfloat16).contiguous())
+        return CudaWeight(blocks.to(torch.bfloat16).contiguous())
 
     def embed(self, weight: CudaWeight, token_T: Tensor, scale: float) -> Tensor:
         """See `Ops.embed`; fp32."""
+        if weight.bits == 4:
+            assert weight.scales is not None
+            return unpack4(weight.data[token_T.long()], weight.scales[token_T.long()]) * scale
         rows_TK = weight.data[token_T.long()].float()
         if weight.scales is not None:
             rows_TK = rows_TK * weight.scales[token_T.long(), None]
@@ -106,23 +134,57 @@ class CudaOps:
 
     def linear(self, x_TK: Tensor, weight: CudaWeight, dtype: torch.dtype | None = None) -> Tensor:
         """See `Ops.linear`."""
-        t, n, k, split = x_TK.shape[0], weight.n, weight.k, weight.split
         x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-        out = torch.empty(t, n, device=self.device, dtype=dtype or x_TK.dtype)
-        scaled = weight.scales is not None
-        parts = out
-        if split > 1:
-            parts = torch.empty(split, t, n, device=self.device, dtype=torch.float32)
-        grid = (triton.cdiv(n, 64), split, triton.cdiv(t, 16))
-        kernels.linear_kernel[grid](
-            x_TK, weight.data, weight.scales if scaled else x_TK, parts, t, n, k, x_TK.stride(0),
-            TILES=triton.cdiv(triton.cdiv(k, weight.tile_k), split), SCALED=scaled, BN=64,
-            BK=weight.tile_k, num_warps=4, num_stages=4, DOT=self._dot,
-        )  # fmt: skip
-        if split > 1:
-            grid_1 = (triton.cdiv(t * n, 1024),)
-            kernels.merge_kernel[grid_1](parts, out, t * n, SPLIT=split, BLOCK=1024)
+        out = torch.empty(x_TK.shape[0], weight.n, device=self.device, dtype=dtype or x_TK.dtype)
+        self._launch(x_TK, weight, out, self._cut(weight))
         return out
+
+    def _cut(self, weight: CudaWeight) -> Cut:
+        """One a shape of weight, for as long as this object lives."""
+        key = (weight.n, weight.k, weight.bits)
+        if key not in self.cuts:
+            cut = Cut.of(weight.n, weight.k)
+            if self.tune and not torch.cuda.is_current_stream_capturing():
+                x_TK = torch.randn(16, weight.k, device=self.device)
+                out = torch.empty(16, weight.n, device=self.device)
+                cut = min(
+                    cuts_to_try(weight.n, weight.k),
+                    key=lambda cut: do_bench_cudagraph(
+                        lambda: self._launch(x_TK, weight, out, cut), rep=2
+                    ),
+                )
+            self.cuts[key] = cut
+        return self.cuts[key]
+
+    def _launch(self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut) -> None:
+        t, n, k = x_TK.shape[0], weight.n, weight.k
+        parts = tickets = out
+        grid = (triton.cdiv(n, cut.tile_n), cut.split, triton.cdiv(t, 16))
+        if cut.split > 1:
+            parts = torch.empty(cut.split, t, n, device=self.device, dtype=torch.float32)
+            size = triton.next_power_of_2(grid[0] * grid[2])
+            if size not in self.tickets:
+                self.tickets[size] = torch.zeros(size, device=self.device, dtype=torch.int32)
+            tickets = self.tickets[size]
+        shared = {"SPLIT": cut.split, "BN": cut.tile_n, "num_warps": cut.warps,
+                  "num_stages": cut.stages, "DOT": self._dot}  # fmt: skip
+        on_card = self.device.type != "cpu"
+        scales = x_TK if weight.scales is None else weight.scales
+        if weight.bits == 4:
+            tile_k = max(32, cut.tile_k // 2)
+            n_tiles = triton.cdiv(triton.cdiv(k // 2, tile_k), cut.split)
+            kernels.linear4_kernel[grid](
+                x_TK, weight.data, scales, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
+                BK=tile_k, TILES=0 if on_card else n_tiles, **shared,
+            )  # fmt: skip
+            return
+        n_tiles = triton.cdiv(triton.cdiv(k, cut.tile_k), cut.split)
+        even = n % cut.tile_n == 0 and n_tiles * cut.split * cut.tile_k == k
+        kernels.linear_kernel[grid](
+            x_TK, weight.data, scales, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
+            SCALED=weight.scales is not None, BK=cut.tile_k, EVEN=even,
+            TILES=0 if on_card else n_tiles, **shared,
+        )  # fmt: skip
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
@@ -132,7 +194,7 @@ class CudaOps:
         k = x_TK.shape[1]
         kernels.norm_kernel[(x_TK.shape[0],)](
             x_TK, x_TK, w, w, out, out, k, eps, 1.0, ADD=False, HAS_W=weight_K is not None,
-            HAS_NEXT=False, BLOCK=triton.next_power_of_2(k),
+            HAS_NEXT=False, BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4,
         )  # fmt: skip
         return out
 
@@ -153,7 +215,7 @@ class CudaOps:
             x_TK, residual_TK, x_TK if weight_K is None else weight_K,
             x_TK if next_weight is None else next_weight, y, out, k, eps, scale, ADD=True,
             HAS_W=weight_K is not None, HAS_NEXT=next_weight is not None,
-            BLOCK=triton.next_power_of_2(k),
+            BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4,
         )  # fmt: skip
         return y, out
 
@@ -229,6 +291,7 @@ class CudaOps:
             rows.lo_T, rows.hi_T, part, stats, scale, width, n_splits, g, D=d, GROUP=h // g,
             GP=max(16, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
             TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, num_stages=2,
+            num_warps=8 if d > 256 else 4,
         )  # fmt: skip
         kernels.attention_merge_kernel[(t, h)](
             part, stats, rows.lo_T, rows.hi_T, out, n_splits, h, D=d, SLOTS=PAGE_SLOTS,
@@ -270,12 +333,18 @@ class CudaOps:
 
     def _blocks(self, x: Tensor, weight: CudaWeight, ids_TA: Tensor, *, per_pair: bool) -> Tensor:
         """fp32 [pairs, N]."""
-        n_pairs, n = ids_TA.numel(), weight.n
-        out = torch.empty(n_pairs, n, device=self.device, dtype=torch.float32)
-        kernels.expert_kernel[(n_pairs, triton.cdiv(n, 16))](
-            x.contiguous(), weight.data, ids_TA, out, n, weight.k, A=ids_TA.shape[1],
-            PER_PAIR=per_pair, BN=16, BK=256,
-        )  # fmt: skip
+        n, count = weight.n, ids_TA.shape[1]
+        x, ids_TA = x.contiguous(), ids_TA.contiguous()
+        out = torch.empty(ids_TA.numel(), n, device=self.device, dtype=torch.float32)
+        rows = MAX_PAIRS // count
+        for t in range(0, ids_TA.shape[0], rows):
+            ids = ids_TA[t : t + rows]
+            step = count if per_pair else 1
+            kernels.expert_kernel[(triton.cdiv(n, 32), ids.numel())](
+                x[t * step :], weight.data, ids, out[t * count :], ids.numel(), n, weight.k,
+                A=count, PER_PAIR=per_pair, PAIRS=max(16, triton.next_power_of_2(ids.numel())),
+                BN=32, BK=128, DOT=self._dot, num_stages=4,
+            )  # fmt: skip
         return out
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
@@ -302,3 +371,22 @@ class CudaOps:
         ids_V = torch.arange(n, device=self.device, dtype=torch.int32)
         largest_T1 = logits_TV.amax(dim=-1, keepdim=True)
         return torch.where(logits_TV == largest_T1, ids_V, n).amin(dim=-1)
+
+
+def pack4(rows_NK: Tensor) -> CudaWeight:
+    """Symmetric, -7 to 7, a bf16 scale for 32; byte j of a row as in kernels.linear4_kernel."""
+    n, k = rows_NK.shape
+    groups = rows_NK.view(n, k // 32, 32)
+    scales = (groups.abs().amax(2).clamp(min=1e-30) / 7).to(torch.bfloat16)
+    q = (groups / scales.float()[:, :, None]).round().clamp(-7, 7).to(torch.int16) + 8
+    pairs = q.view(n, k // 64, 2, 32)
+    data = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).to(torch.uint8)
+    return CudaWeight(data.reshape(n, k // 2), scales, 4)
+
+
+def unpack4(data: Tensor, scales: Tensor) -> Tensor:
+    """fp32 rows of what `pack4` made."""
+    n = data.shape[0]
+    q = data.view(n, -1, 1, 32)
+    values = torch.cat((q & 15, q >> 4), dim=2).to(torch.float32) - 8
+    return (values * scales.float().view(n, -1, 2, 1)).view(n, -1)
