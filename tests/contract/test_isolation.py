@@ -86,8 +86,6 @@ class Isolation(RuleBasedStateMachine):
         self.llm = engines()[0]
         self.asked: list[Asked] = []
         self.text: dict[str, str] = {}
-        self.horizon = scheduler.HORIZON_TOKENS
-        scheduler.HORIZON_TOKENS = 8
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
     def add(self, requests: list[Asking]) -> None:
@@ -130,13 +128,11 @@ class Isolation(RuleBasedStateMachine):
             for asked in self.asked:
                 self.compare(asked)
         finally:
-            scheduler.HORIZON_TOKENS = self.horizon
             with self.llm:
                 pass
 
     def compare(self, asked: Asked) -> None:
         sequence, want = asked.sequence, solo(asked.prompt, asked.params)
-        SEEN["preempted"] += sequence.n_preempted
         SEEN["cached"] += sequence.n_cached
         if sequence.finish_reason is FinishReason.ABORT:
             SEEN["aborted"] += 1
@@ -147,7 +143,14 @@ class Isolation(RuleBasedStateMachine):
         assert got == (want.tokens, want.text, want.finish_reason)
 
 
+@pytest.fixture(autouse=True)
+def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admit with little room, so that it runs out."""
+    monkeypatch.setattr(scheduler, "HORIZON_TOKENS", 8)
+
+
 def explore(n_examples: int) -> None:
+    before = engines()[0].scheduler.stats.n_preempted
     SEEN.clear()
     run_state_machine_as_test(
         Isolation,
@@ -158,6 +161,7 @@ def explore(n_examples: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    SEEN["preempted"] = engines()[0].scheduler.stats.n_preempted - before
     assert all(SEEN[what] > 0 for what in ("preempted", "cached", "aborted", "finished")), SEEN
 
 
