@@ -41,7 +41,7 @@ def test_json_is_one_object(outdraft: Invoke, pair: Path, llm: LLM) -> None:
     want = llm.generate([2, 17, 4], SamplingParams(max_tokens=N, ignore_eos=True))
     result = outdraft(
         *("generate", pair, "--prompt-tokens", "2,17, 4", "--max-tokens", N, "--ignore-eos"),
-        *("--spec-draft-n-max", 3, "--json"),
+        *("--spec-draft-n", 3, "--json"),
     )
     found = json.loads(result.stdout)
     assert found["prompt_tokens"] == [2, 17, 4]
