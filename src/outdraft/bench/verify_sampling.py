@@ -8,7 +8,7 @@ Shapes: V vocabulary, N samples, T tokens of a sample.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -86,12 +86,16 @@ def check_samples(llm: LLM, prompt: list[int]) -> Found:
         if max(expected.values()) < MOST_OF_ONE:
             break
     cells = {tokens: i for i, tokens in enumerate(expected)}
-    seeded = [replace(params, seed=seed) for seed in range(N_SAMPLES)]
     observed = torch.zeros(len(cells), dtype=torch.float64)
-    for completion in llm.generate_all([prompt] * N_SAMPLES, seeded):
-        begin = tuple(completion.tokens[:N_TOKENS])
+    sequences = [llm.add(prompt, params) for _ in range(N_SAMPLES)]
+    for seed, sequence in enumerate(sequences):  # repeatable, yet drawn as without a user's seed
+        sequence.seed = seed
+    while llm.scheduler.busy:
+        llm.step()
+    for sequence in sequences:
+        begin = tuple(sequence.output[:N_TOKENS])
         if begin not in cells:
-            return Found("", f"sampled {begin}, which top-{TOP_K} excludes ({completion.error})")
+            return Found("", f"sampled {begin}, which top-{TOP_K} excludes ({sequence.error})")
         observed[cells[begin]] += 1
     means = torch.tensor(list(expected.values()), dtype=torch.float64) * N_SAMPLES
     p_value = proof.chi_square_p_value(observed, means)
