@@ -61,6 +61,29 @@ def bench_throughput(
         prefix_cache=False,  # prompts come again in every run and would be computed only once
         threads=threads,
     )
+    report = compare(model, config, wanted, requests, max_tokens, rounds, seed)
+    if json_file == "-":
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    show(report)
+    if json_file is not None:
+        save(report, Path(json_file))
+
+
+def compare(
+    model: str,
+    config: EngineConfig,
+    concurrencies: list[int],
+    n_requests: int | None,
+    max_tokens: int,
+    rounds: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Measure everything; the report.
+
+    Raises:
+        OutdraftError: there is no drafter, or the context is too short for the answers.
+    """
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.throughput import mix_requests, summarise
     from outdraft.cli.streaming import load
@@ -74,21 +97,16 @@ def bench_throughput(
     if max_tokens > llm.ctx_size // 2:
         raise OutdraftError(f"--max-tokens {max_tokens} is too long", f"most: {llm.ctx_size // 2}")
     prompts = find_prompts(llm, None, PROMPTS_PER_KIND, seed)
-    asked = mix_requests(prompts, requests or 2 * wanted[-1], max_tokens, llm.ctx_size, seed)
-    report = summarise(measure(llm, asked, wanted, rounds))
+    n = n_requests or 2 * concurrencies[-1]
+    asked = mix_requests(prompts, n, max_tokens, llm.ctx_size, seed)
+    report = summarise(measure(llm, asked, concurrencies, rounds))
     report["settings"] = settings_of(llm, asked) | {
         "model": model,
         "rounds": rounds,
         "seed": seed,
         "max_tokens": max_tokens,
     }
-    report |= {"machine": describe_machine(), **describe_version()}
-    if json_file == "-":
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
-        return
-    show(report)
-    if json_file is not None:
-        save(report, Path(json_file))
+    return report | {"machine": describe_machine(), **describe_version()}
 
 
 def read_concurrencies(text: str) -> list[int]:
