@@ -39,7 +39,7 @@ def linear_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, x_st
     """One [16, BN] tile of one part of K; EVEN: tiles cover N and K exactly.
 
     TILES is n_tiles for Triton's interpreter, which has no loops of a run-time length, else 0.
-   """
+    """
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(2) * 16 + tl.arange(0, 16)
     first = tl.program_id(1) * n_tiles * BK

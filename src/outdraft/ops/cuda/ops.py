@@ -290,7 +290,8 @@ class CudaOps:
             q_THD, kv.k_PGSD, kv.v_PGSD, rows.table_BP, rows.first_page_B, rows.sequence_T,
             rows.lo_T, rows.hi_T, part, stats, scale, width, n_splits, g, D=d, GROUP=h // g,
             GP=max(16, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
-            TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, num_stages=2, num_warps=8 if d > 256 else 4,
+            TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, num_stages=2,
+            num_warps=8 if d > 256 else 4,
         )  # fmt: skip
         kernels.attention_merge_kernel[(t, h)](
             part, stats, rows.lo_T, rows.hi_T, out, n_splits, h, D=d, SLOTS=PAGE_SLOTS,
