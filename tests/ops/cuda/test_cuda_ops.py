@@ -106,7 +106,7 @@ def test_experts_and_choice() -> None:
     close(weights, want_weights, 1e-5)
     a, b = ops.pack(gate_up), ops.pack(down)
     got = ops.experts(on(x), a, b, ids, weights)
-    # Inputs of both products are rounded to bf16; Triton's interpreter shows 9e-3, a card under 6e-3.
+    # Inputs of both products become bf16; Triton's interpreter shows 9e-3, a card under 6e-3.
     bound = 6e-3 if DEVICE.type == "cuda" else 1.5e-2
     close(got, REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights), bound)
     assert torch.equal(ops.experts(on(x[1:2]), a, b, ids[1:2], weights[1:2]), got[1:2])
