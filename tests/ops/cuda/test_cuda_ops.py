@@ -106,12 +106,14 @@ def test_experts_and_choice() -> None:
     close(weights, want_weights, 1e-5)
     a, b = ops.pack(gate_up), ops.pack(down)
     got = ops.experts(on(x), a, b, ids, weights)
-    close(got, REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights))
+    # Inputs of both products become bf16; Triton's interpreter shows 9e-3, a card under 6e-3.
+    bound = 6e-3 if DEVICE.type == "cuda" else 1.5e-2
+    close(got, REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights), bound)
     assert torch.equal(ops.experts(on(x[1:2]), a, b, ids[1:2], weights[1:2]), got[1:2])
     many, same = rand(41, 64), torch.randint(0, 3, (41, 1), dtype=torch.int32)
     one = torch.ones(41, 1)
     got = ops.experts(on(many), a, b, on(same), on(one))
-    close(got, REF.experts(many, gate_up.float(), down.float(), same, one))
+    close(got, REF.experts(many, gate_up.float(), down.float(), same, one), bound)
     for i in (0, 17, 40):
         alone = ops.experts(on(many[i : i + 1]), a, b, on(same[i : i + 1]), on(one[i : i + 1]))
         assert torch.equal(alone, got[i : i + 1])
