@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Pa
 
 def test_the_pair_loads_and_drafts_exactly(finished: Path) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True)
-    with LLM(str(finished / "target")) as drafting:
+    with LLM(str(finished / "target"), EngineConfig(draft_n=3)) as drafting:
         assert drafting.pairing.path == finished / "assistant", drafting.pairing.reason
         drafted = drafting.generate("def step_3(value, other):\n", params)
     with LLM(str(finished / "target"), EngineConfig(spec_type="off")) as plain:

@@ -229,14 +229,14 @@ def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
     made = new_table(
         f"{mode}: tokens per second, speed-up (quartiles over prompts);\n"
         "auto: with chosen lengths; share of draft/verify/rest; accepted by position",
-        ["plain", "draft", "speed-up", "auto", "tok/pass", "time %", "accepted %"],
+        ["plain", "draft", "speed-up", "auto", "t/pass", "time %", "accepted %"],
     )
     for kind, figures in kinds.items():
         spread, time = figures["speedup_spread"], figures["time_share"]
         made.add_row(
             kind,
-            f"{figures['plain_tok_s']:.1f}",
-            f"{figures['draft_tok_s']:.1f}",
+            f"{figures['plain_tok_s']:.0f}",
+            f"{figures['draft_tok_s']:.0f}",
             f"{figures['speedup']:.2f} ({spread['q1']:.2f}–{spread['q3']:.2f})",
             f"{figures['auto_speedup']:.2f}",
             f"{figures['tokens_per_pass']:.2f}",
