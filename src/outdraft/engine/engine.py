@@ -210,10 +210,7 @@ class LLM:
             raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request_id = f"r{next(self._ids)}"
-        if params.prompt_logprobs is not None:  # what is not computed has no scores to report
-            cache_salt = f"{request_id} alone"
-        request = Request(request_id, prompt_tokens, params, cache_salt)
+        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)

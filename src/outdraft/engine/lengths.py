@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from outdraft.engine.sequence import Sequence
 from outdraft.request import SamplingParams
+from outdraft.speculate.drafter import draws
 from outdraft.speculate.length import LengthController
 
 
@@ -45,7 +46,7 @@ class AutoLengths:
 
     def draws(self, params: SamplingParams) -> bool:
         """Whether drafts of such a request are drawn from the drafter's distribution."""
-        return self.sample_drafts and not params.greedy and params.seed is None
+        return self.sample_drafts and draws(params)
 
     def choose(self, decoding: list[Sequence]) -> list[int]:
         """The scheduler's `DraftLengths`."""

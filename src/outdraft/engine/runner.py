@@ -11,7 +11,7 @@ Shapes: B sequences, T rows, R rows with logits, K draft length, V vocabulary, H
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -245,33 +245,31 @@ class Runner:
         for w in work:
             s = sequences[w.sequence]
             hidden_H = self.hidden.get(s.id)
-            params = s.request.params
-            if not (params.greedy or self.lengths is None or self.lengths.draws(params)):
-                params = replace(params, temperature=0.0)
-            views.append(SequenceView(s.id, s.tokens, params, s.seed, hidden_H))
+            views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, hidden_H))
         view = self._view(views)
         draft = drafter.propose(view, max(w.n_drafts for w in work))
-        self._check_draft(draft, len(work))
+        tokens = draft.tokens_BK.tolist()
+        self._check_draft(draft, tokens, len(work))
         blocks = {}
         for b, w in enumerate(work):
             n = min(w.n_drafts, draft.lengths[b])
             probs = draft.probs[b]
-            block = Block(draft.tokens_BK[b, :n].tolist(), None if probs is None else probs[:n])
+            block = Block(tokens[b][:n], None if probs is None else probs[:n])
             blocks[w.sequence] = admissible(sequences[w.sequence], block)
         return _Proposal(view, blocks, {})
 
     def _view(self, views: list[SequenceView]) -> TargetView:
         return TargetView(views, self.memory, self.target.model.embed, self.target.ops)
 
-    def _check_draft(self, draft: Draft, n: int) -> None:
+    def _check_draft(self, draft: Draft, tokens: list[list[int]], n: int) -> None:
         """A drafter that breaks its own rules must not get as far as the target's pass."""
         vocab = self.target.config.vocab_size
         if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
             raise OutdraftError("the drafter answered for another number of sequences")
         if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
             raise OutdraftError("the drafter gave a length that its tokens do not have")
-        for tokens_K, k in zip(draft.tokens_BK, draft.lengths, strict=True):
-            if any(not 0 <= token < vocab for token in tokens_K[:k].tolist()):
+        for own, k in zip(tokens, draft.lengths, strict=True):
+            if any(not 0 <= token < vocab for token in own[:k]):
                 raise OutdraftError("the drafter gave a token outside the vocabulary")
 
     def _drafter_call(self, call: Callable[..., None], *arguments: object) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outdraft.sampling.logits import distribution
 from outdraft.sampling.sampler import Purpose, sample, uniform
-from outdraft.speculate.drafter import Draft, SequenceView
+from outdraft.speculate.drafter import Draft, SequenceView, draws
 
 
 def draft_chain(
@@ -40,7 +40,7 @@ def draft_chain(
         newest_B = best_B.clone()
         if sample_drafts:
             for b, sequence in enumerate(sequences):
-                if sequence.params.greedy or sequence.params.seed is not None:
+                if not draws(sequence.params):
                     continue
                 q_V = distribution(logits_BV[b : b + 1], sequence.params)[0]
                 u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT)

@@ -31,6 +31,14 @@ class Taps:
     kv_groups: tuple[str, ...] = ()
 
 
+def draws(params: SamplingParams) -> bool:
+    """Whether drafts of such a request may be drawn from the drafter's distribution.
+
+    The text of a seed must not depend on what was drafted: with a seed they are point masses.
+    """
+    return not params.greedy and params.seed is None
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceView:
     """One sequence of a `TargetView`.

@@ -21,7 +21,7 @@ from outdraft.ops.cpu import CpuOps
 from outdraft.ops.record import Recordable, Replayable, recording
 from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
-from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
+from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, draws
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -85,8 +85,8 @@ class Gemma4AssistantDrafter:
         """See `Drafter.propose`."""
         call = self._prepare(view.memory, view.sequences)
         hidden_BH = torch.stack([_hidden(s) for s in view.sequences])
-        greedy = not self.sample_drafts or all(s.params.greedy for s in view.sequences)
-        if self.recorder is not None and greedy:
+        drawn = self.sample_drafts and any(draws(s.params) for s in view.sequences)
+        if self.recorder is not None and not drawn:
             return self._recorded_round(self.recorder, view, call, hidden_BH, k)
         if self.recorder is not None:
             step = self._recorded_step(self.recorder, view, call, hidden_BH)
