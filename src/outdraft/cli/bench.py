@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from outdraft.cli import options
-from outdraft.cli.console import remark, remarks, results
+from outdraft.cli.console import remark, remarks, results, save
 from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
@@ -80,7 +80,9 @@ def bench(
     report["settings"] = {"model": model, "repeats": repeat, **settings_of(llm, sampled)}
     show(report)
     if json_file is not None:
-        save(report, json_file)
+        from outdraft.bench.chart import draw
+
+        save(report, json_file, draw)
 
 
 def settings_of(llm: "LLM", sampled: SamplingParams) -> dict[str, Any]:
@@ -280,18 +282,3 @@ def new_table(title: str, columns: list[str]) -> Any:
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
     return made
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    """The JSON and, beside it under the same name, the chart.
-
-    Raises:
-        OutdraftError: one of them cannot be written.
-    """
-    from outdraft.bench.chart import draw
-    from outdraft.bench.report import write_bytes, write_json
-
-    picture = path.with_suffix(".png")
-    write_json(path, report)
-    write_bytes(picture, draw(report))
-    remark(f"written: {path} and {picture}")

@@ -7,7 +7,7 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.bench import new_table
-from outdraft.cli.console import remark, results
+from outdraft.cli.console import results, save
 
 if TYPE_CHECKING:
     from outdraft.bench.kernels import Backend
@@ -47,7 +47,9 @@ def bench_kernels(
     report |= {"machine": describe_machine(), **describe_version()}
     show(report)
     if json_file is not None:
-        save(report, json_file)
+        from outdraft.bench.cost_chart import draw_kernels
+
+        save(report, json_file, draw_kernels)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -85,18 +87,3 @@ def table(title: str, rows: list[dict[str, Any]]) -> Any:
             ),
         )
     return made
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    """The JSON and, beside it under the same name, the chart.
-
-    Raises:
-        OutdraftError: one of them cannot be written.
-    """
-    from outdraft.bench.cost_chart import draw_kernels
-    from outdraft.bench.report import write_bytes, write_json
-
-    picture = path.with_suffix(".png")
-    write_json(path, report)
-    write_bytes(picture, draw_kernels(report))
-    remark(f"written: {path} and {picture}")

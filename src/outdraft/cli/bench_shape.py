@@ -7,7 +7,7 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.bench import new_table
-from outdraft.cli.console import remark, results
+from outdraft.cli.console import results, save
 from outdraft.config import Quant
 from outdraft.errors import OutdraftError
 
@@ -58,7 +58,9 @@ def bench_shape(
     report |= {"machine": describe_machine(), **describe_version()}
     show(report)
     if json_file is not None:
-        save(report, json_file)
+        from outdraft.bench.cost_chart import draw_shape
+
+        save(report, json_file, draw_shape)
 
 
 def read_acceptance(text: str | None) -> list[float]:
@@ -141,18 +143,3 @@ def draft_table(report: dict[str, Any]) -> Any:
             f"{entry['speedup']:.2f}{'  best' if entry['k'] == report['best_k'] else ''}",
         )
     return made
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    """The JSON and, beside it under the same name, the chart.
-
-    Raises:
-        OutdraftError: one of them cannot be written.
-    """
-    from outdraft.bench.cost_chart import draw_shape
-    from outdraft.bench.report import write_bytes, write_json
-
-    picture = path.with_suffix(".png")
-    write_json(path, report)
-    write_bytes(picture, draw_shape(report))
-    remark(f"written: {path} and {picture}")

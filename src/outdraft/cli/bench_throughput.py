@@ -8,7 +8,7 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.bench import find_prompts, new_table
-from outdraft.cli.console import remark, remarks, results
+from outdraft.cli.console import remarks, results, save
 from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 
@@ -87,7 +87,9 @@ def deliver(report: dict[str, Any], json_file: str | None) -> None:
         return
     show(report)
     if json_file is not None:
-        save(report, Path(json_file))
+        from outdraft.bench.chart import draw_throughput
+
+        save(report, Path(json_file), draw_throughput)
 
 
 def check(llm: "LLM", max_tokens: int) -> None:
@@ -210,18 +212,3 @@ def rate_table(report: dict[str, Any]) -> Any:
 
 def _ratio(figures: dict[str, float]) -> str:
     return f"{figures['ratio']:.2f} ({figures['min']:.2f}–{figures['max']:.2f})"
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    """The JSON and, beside it under the same name, the chart.
-
-    Raises:
-        OutdraftError: one of them cannot be written.
-    """
-    from outdraft.bench.chart import draw_throughput
-    from outdraft.bench.report import write_bytes, write_json
-
-    picture = path.with_suffix(".png")
-    write_json(path, report)
-    write_bytes(picture, draw_throughput(report))
-    remark(f"written: {path} and {picture}")

@@ -3,6 +3,10 @@
 Colours, NO_COLOR and whether there is a terminal are rich's business.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 from rich.text import Text
 
@@ -32,6 +36,20 @@ def complain(message: str, hint: str) -> None:
     if hint:
         block.append(f"\n  {harmless(hint)}", style="dim")
     remarks().print(block)
+
+
+def save(report: dict[str, Any], path: Path, draw: Callable[[dict[str, Any]], bytes]) -> None:
+    """Write a report's JSON and, beside it under the same name, its chart as PNG.
+
+    Raises:
+        OutdraftError: one of them cannot be written.
+    """
+    from outdraft.bench.report import write_bytes, write_json
+
+    picture = path.with_suffix(".png")
+    write_json(path, report)
+    write_bytes(picture, draw(report))
+    remark(f"written: {path} and {picture}")
 
 
 def harmless(text: str) -> str:
