@@ -15,7 +15,7 @@ import torch
 from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError, OutdraftError
 from outdraft.models import gemma4_assistant, gemma4_config
-from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig
+from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.layers import TargetConfig
 from outdraft.models.registry import family_of
 from outdraft.speculate.build import read_assistant_config
