@@ -194,7 +194,7 @@ def norm_kernel(x, residual, w, w_next, y, normed, K, eps, scale, ADD: tl.conste
 
 @triton.jit
 def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE, S_STRIDE, eps,
-                D: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
+                D: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
                 PAGED: tl.constexpr):  # fmt: skip
     """Norm and rotation of one head; into pages [P, G, S, D] when PAGED."""
     t = tl.program_id(0)
@@ -202,9 +202,8 @@ def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE
     i = tl.arange(0, D // 2)
     a = tl.load(x + t * t_stride + g * D + i).to(tl.float32)
     b = tl.load(x + t * t_stride + g * D + D // 2 + i).to(tl.float32)
-    if NORM:
-        r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-        a, b = a * r, b * r
+    r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+    a, b = a * r, b * r
     if HAS_W:
         a = a * tl.load(w + i)
         b = b * tl.load(w + D // 2 + i)
@@ -222,18 +221,15 @@ def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE
 
 
 @triton.jit
-def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK: tl.constexpr):
-    """gelu_tanh(gate) * up, or silu(gate) * up."""
+def gated_kernel(gate, up, out, g_stride, u_stride, K, BLOCK: tl.constexpr):
+    """gelu_tanh(gate) * up."""
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * g_stride + k, mask=k < K, other=0.0).to(tl.float32)
     u = tl.load(up + row * u_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    if SILU:
-        opened = g / (1.0 + tl.exp(-g))
-    else:
-        z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        opened = 0.5 * g * (2.0 - 2.0 / (tl.exp(2.0 * z) + 1.0))
-    tl.store(out + row * K + k, opened * u, mask=k < K)
+    z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
+    tl.store(out + row * K + k, 0.5 * g * (1.0 + tanh) * u, mask=k < K)
 
 
 @triton.jit(do_not_specialize=["width", "n_splits"])

@@ -17,15 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-from outdraft.ops.base import (
-    PAGE_SLOTS,
-    Activation,
-    AttentionRows,
-    KvPages,
-    PageSlots,
-    Role,
-    Rotary,
-)
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
 from outdraft.ops.cuda import kernels
 
 SPLIT_KEYS = 2 * PAGE_SLOTS
@@ -232,7 +224,7 @@ class CudaOps:
         return (residual_TK + x_TK) * scale
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
     ) -> Tensor:
         """See `Ops.norm_rope`."""
         out = torch.empty(x_THD.shape, device=self.device, dtype=x_THD.dtype)
@@ -248,7 +240,7 @@ class CudaOps:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float | None,
+        eps: float,
     ) -> None:
         """See `Ops.write_heads`."""
         assert scales_PGS is None
@@ -259,7 +251,7 @@ class CudaOps:
         x_TGD: Tensor,
         weight_D: Tensor | None,
         rotary: Rotary | None,
-        eps: float | None,
+        eps: float,
         out: Tensor,
         slots: PageSlots | None,
     ) -> None:
@@ -271,24 +263,16 @@ class CudaOps:
         kernels.head_kernel[(t, g)](
             x_TGD, x_TGD if weight_D is None else weight_D, cos, sin, position,
             x_TGD if slots is None else slots.page_T, x_TGD if slots is None else slots.slot_T,
-            out, x_TGD.stride(0), g, out.stride(0), out.stride(1), 0.0 if eps is None else eps, D=d,
-            NORM=eps is not None, HAS_W=weight_D is not None, ROPE=rotary is not None,
-            PAGED=slots is not None,
+            out, x_TGD.stride(0), g, out.stride(0), out.stride(1), eps, D=d,
+            HAS_W=weight_D is not None, ROPE=rotary is not None, PAGED=slots is not None,
         )  # fmt: skip
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
+    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
         """See `Ops.gated`."""
         t, k = gate_TK.shape
         out = torch.empty(t, k, device=self.device, dtype=gate_TK.dtype)
         kernels.gated_kernel[(t, triton.cdiv(k, 1024))](
-            gate_TK,
-            up_TK,
-            out,
-            gate_TK.stride(0),
-            up_TK.stride(0),
-            k,
-            SILU=activation == "silu",
-            BLOCK=1024,
+            gate_TK, up_TK, out, gate_TK.stride(0), up_TK.stride(0), k, BLOCK=1024
         )
         return out
 
@@ -335,14 +319,12 @@ class CudaOps:
         down: CudaWeight,
         ids_TA: Tensor,
         weights_TA: Tensor,
-        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`."""
         t, count = ids_TA.shape
         inner, k = down.k, x_TK.shape[1]
         both = self._blocks(x_TK, gate_up, ids_TA, per_pair=False)
-        gated = self.gated(both[:, :inner], both[:, inner:], activation)
-        y = self._blocks(gated, down, ids_TA, per_pair=True)
+        y = self._blocks(self.gated(both[:, :inner], both[:, inner:]), down, ids_TA, per_pair=True)
         out = torch.empty(t, k, device=self.device, dtype=x_TK.dtype)
         kernels.combine_kernel[(t, triton.cdiv(k, 1024))](
             y, weights_TA, out, k, A=count, BLOCK=1024
