@@ -18,7 +18,7 @@ from outdraft.ops.kernels import Kernels
 from outdraft.ops.packed import Format, PackedLinear
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
-from outdraft.ops.stored import StoredWeight, pack_stored
+from outdraft.ops.stored import Packer, StoredWeight, pack_stored
 
 HEAD_DIM_MULTIPLE = 32  # halves of a head are turned sixteen at a time
 
@@ -32,11 +32,13 @@ class CpuOps(Kernels):
             8 bits, routers bf16.
         kv_dtype: of keys and values: fp32, bf16 or int8.
         candidates: scales tried for each group or row when quantising.
+        packer: packs weights that are still in their files.
     """
 
     format: Format = "w8"
     kv_dtype: torch.dtype = torch.bfloat16
     candidates: int = 1
+    packer: Packer = pack_stored
 
     def describe(self) -> str:
         """See `Ops.describe`."""
@@ -67,7 +69,7 @@ class CpuOps(Kernels):
     def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
         """See `Ops.pack`. A `StoredWeight` is packed chunk by chunk while it is read."""
         if isinstance(weight, StoredWeight):
-            return pack_stored(weight, self.stored_as(role), self.candidates)
+            return self.packer(weight, self.stored_as(role), self.candidates)
         if weight.dtype not in (torch.float32, torch.bfloat16):
             weight = weight.float()
         return PackedLinear.pack(weight, self.stored_as(role), candidates=self.candidates)

@@ -8,8 +8,7 @@ from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig
-from outdraft.models.registry import Target, choose_ops, open_weights
-from outdraft.ops.cpu import CpuOps
+from outdraft.models.registry import Target, choose_ops, open_weights, packing
 from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
@@ -17,6 +16,7 @@ from outdraft.speculate.ngram import NgramDrafter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config, read_json
 from outdraft.weights.find import find_assistant
+from outdraft.weights.loading import Loading
 
 NGRAM_DRAFTS = 8  # the most a step where --spec-draft-n-max is not given
 
@@ -31,7 +31,7 @@ class Pairing:
     n_draft_max: int = 0
 
 
-def build_drafter(target: Target, config: EngineConfig) -> Pairing:
+def build_drafter(target: Target, config: EngineConfig, loading: Loading | None = None) -> Pairing:
     """Find, check and load the drafter.
 
     One that was found without being asked for and does not fit is passed over, with the reason; one
@@ -59,7 +59,7 @@ def build_drafter(target: Target, config: EngineConfig) -> Pairing:
             )
         return Pairing(None, f"drafting is off: {choice.reason}")
     try:
-        return _load_assistant(target, choice.path, choice.reason, config)
+        return _load_assistant(target, choice.path, choice.reason, config, loading)
     except ModelError as error:
         if asked:
             raise
@@ -83,12 +83,14 @@ def read_assistant_config(path: Path) -> AssistantConfig:
     return AssistantConfig.from_hf(raw, extra)
 
 
-def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfig) -> Pairing:
-    assistant = read_assistant_config(path)
+def _load_assistant(
+    target: Target, path: Path, reason: str, config: EngineConfig, loading: Loading | None
+) -> Pairing:
+    raw, assistant = read_config(path), read_assistant_config(path)
     gemma4_assistant.check_pair(target.config, assistant)
     weights, _, bits = open_weights(
         Checkpoint.open(path),
-        read_config(path),
+        raw,
         gemma4_assistant.expected_tensors(assistant),
         gemma4_assistant.ignore_rules(assistant),
         prefixes=gemma4_assistant.PREFIXES,
@@ -97,8 +99,8 @@ def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfi
     ops = choose_ops(
         config, assistant.text, stored_bits=bits, weights=weights.matrices(), drafter=True
     )
-    weights.stored = isinstance(ops, CpuOps)
-    model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
+    with packing(ops, weights, raw, config, loading):
+        model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
     kv_layers: dict[str, int] = {
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
     }
