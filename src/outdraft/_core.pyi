@@ -139,6 +139,18 @@ def argmax(
     chosen: int,
     block: int,
     out: int,
+    probability: int,
+    rows: int,
+    n: int,
+) -> None: ...
+def scatter_blocks(
+    program: Program | None,
+    x: Matrix,
+    ids: int,
+    chosen: int,
+    block: int,
+    count: int,
+    out: Matrix,
     rows: int,
     n: int,
 ) -> None: ...

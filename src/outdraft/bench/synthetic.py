@@ -20,6 +20,7 @@ from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.ops.arena import Arena
 from outdraft.ops.base import Role
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
@@ -34,9 +35,9 @@ GROUP = 32
 class TimedProgram(Program):
     """A program that adds up how long its replays took."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
         """An empty program."""
-        super().__init__()
+        super().__init__(arena)
         self.seconds = 0.0
 
     def replay(self) -> None:
@@ -63,7 +64,7 @@ class SyntheticOps(CpuOps):
     def begin(self, program: Replayable | None) -> Program:
         """See `Recordable`."""
         if program is None:
-            program = TimedProgram()
+            program = TimedProgram(self.arena)
             self.programs.append(program)
         return CpuOps.begin(self, program)
 
