@@ -342,8 +342,8 @@ class CudaOps:
             ids = ids_TA[t : t + rows]
             kernels.expert_kernel[(triton.cdiv(n, 32), ids.numel())](
                 x[t * (count if per_pair else 1) :], weight.data, ids, out[t * count :],
-                ids.numel(), n, weight.k, A=count, PER_PAIR=per_pair, PAIRS=max(16, triton.next_power_of_2(ids.numel())),
-                BN=32, BK=128, DOT=self._dot, num_stages=4,
+                ids.numel(), n, weight.k, A=count, PER_PAIR=per_pair, BN=32, BK=128, DOT=self._dot,
+                PAIRS=max(16, triton.next_power_of_2(ids.numel())), num_stages=4,
             )  # fmt: skip
         return out
 
