@@ -16,14 +16,15 @@ from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError, OutdraftError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
-from outdraft.models.registry import family_of
+from outdraft.models.registry import family_of, open_weights
 from outdraft.speculate.build import read_assistant_config
 from outdraft.text.chat import ChatTemplate
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.find import find_assistant
-from outdraft.weights.load import ExpectedTensor, IgnoreRule, open_tensors
+from outdraft.weights.int4 import int4_scheme
+from outdraft.weights.load import ExpectedTensor, IgnoreRule
 from outdraft.weights.quantise import is_int8_channel
 
 KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
@@ -123,10 +124,23 @@ def _read_config(found: Checkup) -> Mapping[str, Any]:
         return {}
     found.model_type = raw.get("model_type")
     try:
-        found.quantisation = "int8, one scale a row" if is_int8_channel(raw) else None
+        found.quantisation = quantisation_of(raw)
     except ModelError as error:
         found.note("quantisation", error)
     return raw
+
+
+def quantisation_of(raw: Mapping[str, Any]) -> str | None:
+    """What a config declares of its weights, in words; None for floating point.
+
+    Raises:
+        ModelError: a quantisation that is not supported.
+    """
+    four = int4_scheme(raw)
+    if four is not None:
+        zeros = " with zero-points" if four.zero_points else ""
+        return f"int4 ({four.method}), one scale for {four.group} inputs{zeros}"
+    return "int8, one scale a row" if is_int8_channel(raw) else None
 
 
 def _open_weights(found: Checkup) -> Checkpoint | None:
@@ -164,7 +178,7 @@ def _examine_target(
         family.expected_tensors(config),
         family.ignore_rules(config),
         family.prefixes,
-        is_int8=found.quantisation is not None,
+        raw,
     )
     return config
 
@@ -191,7 +205,7 @@ def _examine_assistant(
         gemma4_assistant.expected_tensors(config),
         gemma4_assistant.ignore_rules(config),
         gemma4_assistant.PREFIXES,
-        is_int8=found.quantisation is not None,
+        raw,
     )
     return config
 
@@ -202,8 +216,7 @@ def _check_tensors(
     expected: Mapping[str, ExpectedTensor],
     ignore: Sequence[IgnoreRule],
     prefixes: Sequence[str],
-    *,
-    is_int8: bool,
+    raw: Mapping[str, Any],
 ) -> None:
     """Load without data: the same errors, and the same report."""
     groups: Counter[str] = Counter()
@@ -211,16 +224,11 @@ def _check_tensors(
         group = next(label for part, label in PARAMETER_GROUPS if part in name)
         groups[group] += torch.Size(tensor.shape).numel()
     found.params_by_group = dict(groups.most_common())
-    if checkpoint is None:
+    if checkpoint is None or any(p.where == "quantisation" for p in found.problems):
         return
     try:
-        _, report = open_tensors(
-            checkpoint,
-            expected,
-            ignore,
-            prefixes=prefixes,
-            dtype=torch.float32,
-            int8_channel=is_int8,
+        _, report, _ = open_weights(
+            checkpoint, raw, expected, ignore, prefixes=prefixes, dtype=torch.float32
         )
     except ModelError as error:
         found.note("weights", error)
