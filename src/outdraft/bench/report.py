@@ -158,13 +158,15 @@ def _peer_figures(runs: Sequence[Run], plain: str, assisted: str, best: str) -> 
         "assisted_equals_its_plain": _n_equal(runs, plain, assisted),
         "its_plain_equals_ours": _n_equal(runs, plain, PLAIN),
     }
-    for name, theirs, ours in (
-        ("ours_over_its_plain", plain, PLAIN),
-        ("ours_drafting_over_its_assisted", assisted, DRAFT),
-        ("ours_drafting_over_its_best", best, DRAFT),
-        ("ours_auto_over_its_best", best, AUTO),
-    ):
-        figures[name], figures[f"{name}_spread"] = _ratio(runs, theirs, ours)
+    compared = {
+        "ours_over_its_plain": (plain, PLAIN),
+        "ours_drafting_over_its_assisted": (assisted, DRAFT),
+        "ours_drafting_over_its_best": (best, DRAFT),
+        "ours_auto_over_its_best": (best, AUTO),
+    }
+    for name, (theirs, ours) in compared.items():
+        if _of(runs, ours):
+            figures[name], figures[f"{name}_spread"] = _ratio(runs, theirs, ours)
     return figures
 
 

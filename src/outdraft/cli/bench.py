@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from outdraft.bench.run import Arm, Peer, Run
     from outdraft.engine.engine import LLM
 
-PeerName = Literal["transformers", "llama.cpp"]
+
+class PeerName(StrEnum):
+    """Engines to compare with; an enumeration because an option that repeats takes no literals."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+
 
 app = typer.Typer(add_completion=False)
 
@@ -166,7 +173,7 @@ def compare(
 
 
 def start_peers(
-    llm: "LLM", names: Iterable[str], llama_server: Path | None, stack: ExitStack
+    llm: "LLM", names: Iterable[PeerName], llama_server: Path | None, stack: ExitStack
 ) -> "list[Peer]":
     """The engines to compare with; what they hold is released with the stack.
 
@@ -181,7 +188,7 @@ def start_peers(
     peers = []
     for name in names:
         with remarks().status(f"starting {name}"):
-            if name == "transformers":
+            if name is PeerName.TRANSFORMERS:
                 from outdraft.bench.peers import transformers
 
                 path, k = llm.pairing.path, llm.pairing.n_draft_max
