@@ -1,6 +1,6 @@
 """`outdraft bench`: plain decoding against drafting. The measuring is that of bench/."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -173,19 +173,25 @@ def compare(
 
 
 def start_peers(
-    llm: "LLM", names: Iterable[PeerName], llama_server: Path | None, stack: ExitStack
+    llm: "LLM", names: Collection[PeerName], llama_server: Path | None, stack: ExitStack
 ) -> "list[Peer]":
     """The engines to compare with; what they hold is released with the stack.
 
     Raises:
         OutdraftError: there is no drafter, or a peer cannot be used.
     """
+    from outdraft.models.gemma4_config import Gemma4Config
+
     if llm.pairing.drafter is None or llm.pairing.path is None:
         raise OutdraftError(
             f"there is nothing to compare: {llm.pairing.reason}",
             "give the drafter with --assistant, and a --spec-draft-n-max above 0",
         )
-    peers = []
+    peers: list[Peer] = []
+    if names and not isinstance(llm.target.config, Gemma4Config):
+        raise OutdraftError(
+            "--peer compares Gemma 4 with its assistant only", "leave it out for other models"
+        )
     for name in names:
         with remarks().status(f"starting {name}"):
             if name is PeerName.TRANSFORMERS:
