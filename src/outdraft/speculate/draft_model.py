@@ -114,7 +114,7 @@ class DraftModelDrafter:
     ) -> Draft:
         rows: list[tuple[str, list[int]]] | None = first
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal rows
             if rows is None:
                 newest = newest_B.tolist()
@@ -122,7 +122,10 @@ class DraftModelDrafter:
             scores = self._run(rows, scores=True)
             rows = None
             assert scores is not None
-            return scores
+            logits_BV, best_B = scores
+            best_B1 = best_B[:, None].long()
+            sure_B = torch.exp(logits_BV.gather(1, best_B1)[:, 0] - logits_BV.logsumexp(dim=1))
+            return logits_BV, best_B, sure_B
 
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
