@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
+from outdraft.ops import memory
 
 Format = Literal["bf16", "w8", "w4"]
 
@@ -24,7 +25,6 @@ MAX_INPUTS = 65536
 
 _FORMAT_CODES: dict[Format, int] = {"bf16": 0, "w8": 1, "w4": 2}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_LARGE_BYTES = 4 << 20
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -90,12 +90,12 @@ class PackedLinear:
         groups = -(-k // group)
         if format == "w4":
             data = _zero_bytes(rows * groups * group // 2)
-            scales = torch.zeros(rows * groups, dtype=torch.float16)
-            zeros = torch.zeros(rows * groups if zero_points else 0, dtype=torch.uint8)
+            scales = _zero_bytes(rows * groups * 2).view(torch.float16)
+            zeros = _zero_bytes(rows * groups if zero_points else 0)
         elif format == "w8":
             data = _zero_bytes(rows * (-(-k // 4) * 4))
-            scales = torch.zeros(rows, dtype=torch.float32)
-            zeros = torch.zeros(rows, dtype=torch.int32)
+            scales = _zero_bytes(rows * 4).view(torch.float32)
+            zeros = _zero_bytes(rows * 4).view(torch.int32)
         else:
             data = _zero_bytes(rows * (-(-k // 2) * 4))
             scales, zeros = torch.zeros(0), torch.zeros(0, dtype=torch.uint8)
@@ -226,9 +226,4 @@ def _address(x: Tensor) -> int:
 
 
 def _zero_bytes(n: int) -> Tensor:
-    """Zeroed memory, in large pages where that pays: streaming misses fewer addresses."""
-    if n < _LARGE_BYTES:
-        return torch.zeros(n, dtype=torch.uint8)
-    memory = torch.empty(n, dtype=torch.uint8)
-    _core.advise_large_pages(memory.data_ptr(), n)
-    return memory.zero_()
+    return memory.zeros([n], torch.uint8)
