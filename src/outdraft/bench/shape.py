@@ -338,9 +338,7 @@ class NoText(IncrementalDetokenizer):
         return ""
 
 
-def as_target(
-    config: Gemma4Config, model: TargetModel, ops: SyntheticOps, n_positions: int
-) -> Target:
+def as_target(config: Gemma4Config, model: Gemma4, ops: SyntheticOps, n_positions: int) -> Target:
     """A target that was loaded from nowhere."""
     nothing = LoadReport(0, 0, Counter(), ())
     where = Path(SEQUENCE)
