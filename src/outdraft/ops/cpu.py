@@ -47,6 +47,7 @@ class CpuOps(Kernels):
         """See `Recordable`."""
         assert self.program is None and (program is None or isinstance(program, Program))
         self.program = Program() if program is None else program
+        self._arena.rewind()
         return self.program
 
     def end(self) -> None:
@@ -80,12 +81,14 @@ class CpuOps(Kernels):
 
     def embed(self, weight: PackedLinear, token_T: Tensor, scale: float) -> Tensor:
         """See `Ops.embed`; fp32."""
-        return self.embed_into(weight, token_T, scale, torch.empty(token_T.shape[0], weight.k))
+        return self.embed_into(
+            weight, token_T, scale, self._empty((token_T.shape[0], weight.k), torch.float32)
+        )
 
     def concat(self, a_TK: Tensor, b_TN: Tensor) -> Tensor:
         """See `Ops.concat`."""
         width = a_TK.shape[1]
-        out = torch.empty(a_TK.shape[0], width + b_TN.shape[1], dtype=a_TK.dtype)
+        out = self._empty((a_TK.shape[0], width + b_TN.shape[1]), a_TK.dtype)
         self.copy_rows(a_TK, out[:, :width])
         self.copy_rows(b_TN, out[:, width:])
         return out

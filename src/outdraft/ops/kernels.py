@@ -7,6 +7,7 @@ Shapes: T rows, K inputs, N outputs, H query heads, G key/value heads, D head di
 S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
+from outdraft.ops.arena import Arena
 from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
-from outdraft.ops.packed import PackedLinear, dtype_code, matrix, no_matrix
+from outdraft.ops.packed import PackedLinear, dtype_code, kv_pages, matrix, no_matrix
 from outdraft.ops.program import Program
 
 _ACTIVATIONS = {"gelu_tanh": 0, "silu": 1}
@@ -26,6 +28,7 @@ class Kernels:
     """Kernel calls that run at once, or are recorded when `program` is set."""
 
     program: Program | None = None
+    _arena: Arena = field(default_factory=Arena)
     _prepared_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def linear(
@@ -36,7 +39,7 @@ class Kernels:
         w8 quantises each row of x to int8, w4 each group of a row.
         """
         assert x_TK.shape[1] == weight.k and weight.n_blocks == 1
-        y_TN = torch.empty(x_TK.shape[0], weight.n, dtype=dtype or x_TK.dtype)
+        y_TN = self._empty((x_TK.shape[0], weight.n), dtype or x_TK.dtype)
         prepared = self._prepared(weight, x_TK.shape[0])
         _core.linear(
             self._target(x_TK, weight, y_TN, prepared),
@@ -51,7 +54,8 @@ class Kernels:
     def group_pairs(self, ids_TA: Tensor, n_experts: int) -> Tensor:
         """The pairs (row, expert) of int32 ids sorted by expert, for `expert_linear`."""
         assert ids_TA.dtype == torch.int32 and ids_TA.is_contiguous()
-        groups = torch.empty(_core.pair_groups_size(ids_TA.numel(), n_experts), dtype=torch.int32)
+        size = _core.pair_groups_size(ids_TA.numel(), n_experts)
+        groups = self._empty((size,), torch.int32)
         _core.group_pairs(
             self._target(ids_TA, groups),
             ids_TA.data_ptr(),
@@ -77,7 +81,7 @@ class Kernels:
             n_pairs: T * A.
         """
         assert x.shape[1] == weight.k and n_pairs % x.shape[0] == 0
-        y_PN = torch.empty(n_pairs, weight.n, dtype=dtype or x.dtype)
+        y_PN = self._empty((n_pairs, weight.n), dtype or x.dtype)
         prepared = self._prepared(weight, x.shape[0])
         _core.expert_linear(
             self._target(x, weight, groups, y_PN, prepared),
@@ -96,7 +100,7 @@ class Kernels:
         n_rows, count = weights_TA.shape
         assert x_PK.shape[0] == n_rows * count
         _check(weights_TA, torch.float32)
-        y_TK = torch.empty(n_rows, x_PK.shape[1], dtype=x_PK.dtype)
+        y_TK = self._empty((n_rows, x_PK.shape[1]), x_PK.dtype)
         _core.combine(
             self._target(x_PK, weights_TA, y_TK),
             matrix(x_PK),
@@ -116,12 +120,12 @@ class Kernels:
         for index in (rows.first_page_B, rows.sequence_T, rows.lo_T, rows.hi_T):
             _check(index, torch.int32)
         assert rows.table_BP.dtype == torch.int32 and rows.table_BP.stride(1) == 1
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+        out_THD = self._empty(q_THD.shape, q_THD.dtype)
         _core.attention(
             self._target(q_THD, out_THD, kv, rows),
             matrix(q_THD),
             matrix(out_THD),
-            _kv_pages(kv),
+            kv_pages(kv),
             rows.table_BP.data_ptr(),
             rows.table_BP.stride(0),
             rows.first_page_B.data_ptr(),
@@ -138,7 +142,7 @@ class Kernels:
         self, x_TK: Tensor, weight_K: Tensor | None, eps: float, dtype: torch.dtype | None = None
     ) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight (fp32), in `dtype` or that of x."""
-        y_TK = torch.empty(x_TK.shape, dtype=dtype or x_TK.dtype)
+        y_TK = self._empty(x_TK.shape, dtype or x_TK.dtype)
         self._norm(x_TK, None, y_TK, None, weight_K, None, eps, 1.0, False)
         return y_TK
 
@@ -153,13 +157,14 @@ class Kernels:
         next_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """y = (residual + norm(x) * weight) * scale and norm(y) * next_weight, as the residual."""
-        y_TK, next_TK = torch.empty_like(residual_TK), torch.empty_like(residual_TK)
+        shape, dtype = residual_TK.shape, residual_TK.dtype
+        y_TK, next_TK = self._empty(shape, dtype), self._empty(shape, dtype)
         self._norm(x_TK, residual_TK, y_TK, next_TK, weight_K, next_weight, eps, scale, False)
         return y_TK, next_TK
 
     def add(self, x_TK: Tensor, residual_TK: Tensor, scale: float = 1.0) -> Tensor:
         """(residual + x) * scale in the type of the residual."""
-        y_TK = torch.empty_like(residual_TK)
+        y_TK = self._empty(residual_TK.shape, residual_TK.dtype)
         self._norm(x_TK, residual_TK, y_TK, None, None, None, 0.0, scale, True)
         return y_TK
 
@@ -167,7 +172,7 @@ class Kernels:
         self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
     ) -> Tensor:
         """RMS norm of each head, then rotation of pairs (i, i + D/2); [T, H, D]."""
-        out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+        out_THD = self._empty(x_THD.shape, x_THD.dtype)
         self._head_norm(x_THD, out_THD, None, None, None, weight_D, rotary, eps)
         return out_THD
 
@@ -191,7 +196,7 @@ class Kernels:
         self, gate_TK: Tensor, up_TK: Tensor, activation: Literal["gelu_tanh", "silu"]
     ) -> Tensor:
         """activation(gate) * up in the type of the gate."""
-        out_TK = torch.empty(gate_TK.shape, dtype=gate_TK.dtype)
+        out_TK = self._empty(gate_TK.shape, gate_TK.dtype)
         _core.gated(
             self._target(gate_TK, up_TK, out_TK),
             matrix(gate_TK),
@@ -256,7 +261,7 @@ class Kernels:
         self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`top` and its fp32 weights: softmax made to sum to one, times `per_expert_E`."""
-        weights_TA = torch.empty(scores_TE.shape[0], count)
+        weights_TA = self._empty((scores_TE.shape[0], count), torch.float32)
         return self._top(scores_TE, count, weights_TA, per_expert_E), weights_TA
 
     def _norm(
@@ -328,7 +333,7 @@ class Kernels:
         self, logits: Tensor, ids: Tensor | None, chosen: Tensor | None, block: int
     ) -> Tensor:
         assert logits.dtype == torch.float32
-        out_T = torch.empty(logits.shape[0], dtype=torch.int32)
+        out_T = self._empty((logits.shape[0],), torch.int32)
         _core.argmax(
             self._target(logits, ids, chosen, out_T),
             matrix(logits),
@@ -344,7 +349,7 @@ class Kernels:
         self, scores: Tensor, count: int, weights: Tensor | None, per_expert: Tensor | None
     ) -> Tensor:
         assert scores.dtype == torch.float32 and 0 < count <= scores.shape[1]
-        ids_TA = torch.empty(scores.shape[0], count, dtype=torch.int32)
+        ids_TA = self._empty((scores.shape[0], count), torch.int32)
         _core.top(
             self._target(scores, ids_TA, weights, per_expert),
             matrix(scores),
@@ -363,13 +368,18 @@ class Kernels:
         self.program.tensors.append(used)
         return self.program.core
 
+    def _empty(self, shape: Seq[int], dtype: torch.dtype) -> Tensor:
+        """A result; while recording, in memory that all programs of these operations share."""
+        take = torch.empty if self.program is None else self._arena.take
+        return take(shape, dtype=dtype)
+
     def _prepared(self, weight: PackedLinear, n_rows: int) -> Tensor:
         """Memory for the prepared rows; calls that run at once share one, recorded ones do not."""
         n_bytes = _core.prepared_bytes(weight.core, n_rows)
         if self.program is not None:
-            return torch.empty(n_bytes, dtype=torch.uint8)
+            return self._empty((n_bytes,), torch.uint8)
         if self._prepared_rows.numel() < n_bytes:
-            self._prepared_rows = torch.empty(n_bytes, dtype=torch.uint8)
+            self._prepared_rows = self._empty((n_bytes,), torch.uint8)
         return self._prepared_rows
 
 
@@ -383,18 +393,3 @@ def _address(x: Tensor | None) -> int:
 
 def _optional(x: Tensor | None) -> _core.Matrix:
     return no_matrix() if x is None else matrix(x)
-
-
-def _kv_pages(kv: KvPages) -> _core.KvPages:
-    k, v = kv.k_PGSD, kv.v_PGSD
-    assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape and k.dtype == v.dtype
-    assert (kv.k_scales_PGS is not None) == (k.dtype == torch.int8)
-    return _core.KvPages(
-        k.data_ptr(),
-        v.data_ptr(),
-        _address(kv.k_scales_PGS),
-        _address(kv.v_scales_PGS),
-        dtype_code(k.dtype),
-        k.shape[1],
-        k.shape[3],
-    )

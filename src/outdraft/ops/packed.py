@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
+from outdraft.ops.base import KvPages
 
 Format = Literal["bf16", "w8", "w4"]
 
@@ -232,3 +233,19 @@ def _zero_bytes(n: int) -> Tensor:
     memory = torch.empty(n, dtype=torch.uint8)
     _core.advise_large_pages(memory.data_ptr(), n)
     return memory.zero_()
+
+
+def kv_pages(kv: KvPages) -> _core.KvPages:
+    """A layer's keys and values for the compiled core."""
+    k, v = kv.k_PGSD, kv.v_PGSD
+    assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape and k.dtype == v.dtype
+    assert (kv.k_scales_PGS is not None) == (k.dtype == torch.int8)
+    return _core.KvPages(
+        k.data_ptr(),
+        v.data_ptr(),
+        0 if kv.k_scales_PGS is None else kv.k_scales_PGS.data_ptr(),
+        0 if kv.v_scales_PGS is None else kv.v_scales_PGS.data_ptr(),
+        dtype_code(k.dtype),
+        k.shape[1],
+        k.shape[3],
+    )
