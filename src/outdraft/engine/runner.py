@@ -143,11 +143,8 @@ class Runner:
         n_rows = sum(w.n_rows for w in plan.work)
         n_rows += sum(len(block.tokens) for block in proposal.blocks.values())
         prompts = any(w.n_rows > 1 or sequences[w.sequence].stats.n_passes < 2 for w in plan.work)
-        depth = max((w.n_drafts for w in plan.work), default=0)
         clean = not failed and not prompts and len(plan.work) > 0
-        lengths.observe(
-            decoding, StepCosts(len(decoding), n_rows, depth, *times, blocks, clean=clean)
-        )
+        lengths.observe(decoding, StepCosts(len(decoding), n_rows, *times, blocks, clean=clean))
 
     def _run(
         self, work: Seq[Work], sequences: Mapping[str, Sequence], proposal: _Proposal
