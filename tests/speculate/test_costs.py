@@ -56,3 +56,17 @@ def test_a_cost_that_was_wrong_is_corrected() -> None:
         model.observe_pass(1, 1.0)
         model.observe_pass(2, 1.2)
     assert model.at(1, 2) / model.at(1, 1) == pytest.approx(1.2, rel=0.05)
+
+
+def test_a_machine_that_changes_much_is_measured_anew() -> None:
+    """Another program on its cores made every pass cost the same; then it ended."""
+    model = StepModel()
+    for n_rows in (1, 2, 4, 8):
+        model.observe_pass(n_rows, 25.0)
+    for _ in range(20):
+        model.observe_pass(2, 1.2)
+    assert model.passes.sizes == [2]
+    for _ in range(30):
+        model.observe_pass(1, 1.0)
+        model.observe_pass(4, 1.4)
+    assert model.at(1, 4) / model.at(1, 1) == pytest.approx(1.4, rel=0.02)

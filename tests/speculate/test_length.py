@@ -110,7 +110,7 @@ def test_each_sequence_of_a_batch_has_its_own_length() -> None:
     assert lengths(controller, ["good"] * 4) == [4] * 4
 
 
-@pytest.mark.parametrize("factor", [0.5, 3.0])
+@pytest.mark.parametrize("factor", [0.6, 1.8])
 def test_a_machine_of_another_speed_changes_no_choice(factor: float) -> None:
     controller = started()
     run(controller, 0.6, 200)

@@ -9,7 +9,8 @@ from bisect import bisect_left
 from collections import deque
 from statistics import median
 
-LEARN = 0.05
+LEARN = 0.05  # of a size seen often; a size seen seldom learns faster
+CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
 OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
 SPEED_STEPS = 15
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
@@ -119,6 +120,8 @@ class StepModel:
         self.rest_s = 0.0
         """What follows the pass, a sequence."""
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
+        self._n_seen: dict[int, int] = {}
+        self._n_rounds = 0
         self._speed = 1.0
 
     @property
@@ -143,10 +146,25 @@ class StepModel:
             return
         self._steps.append((n_rows, seconds, seconds / self.passes.at(n_rows)))
         self._speed = median(ratio for _, _, ratio in self._steps)
-        if len(self._steps) == SPEED_STEPS:  # learn from the middle one: both sides are known
-            n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]
-            usual = self.passes.at(n_rows)
-            self.passes.set(n_rows, _towards(usual, seconds / self._speed))
+        if len(self._steps) < SPEED_STEPS:
+            return
+        n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]  # both sides of the middle are known
+        usual = self.passes.at(n_rows)
+        if not 1 / CHANGED < self._speed < CHANGED:
+            self._begin_again()
+            return
+        self._n_seen[n_rows] = seen = self._n_seen.get(n_rows, 0) + 1
+        share = max(LEARN, 1 / (seen + 1))
+        self.passes.set(n_rows, _towards(usual, seconds / self._speed, share))
+
+    def _begin_again(self) -> None:
+        """Keep what the last steps say, and learn the rest anew: other sizes may cost anything."""
+        steps, self.passes, self.rounds = list(self._steps), RowCosts(), DraftCosts()
+        for size in {n_rows for n_rows, _, _ in steps}:
+            self.passes.set(size, median(s for n_rows, s, _ in steps if n_rows == size))
+        self._steps.clear()
+        self._n_seen.clear()
+        self._speed, self.draft_factor, self._n_rounds, self.rest_s = 1.0, 1.0, 0, 0.0
 
     def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
         """A draft round took so long."""
@@ -155,7 +173,9 @@ class StepModel:
         if usual == 0.0:
             self.rounds.set(n_drafting, depth, own_s)
         else:
-            self.draft_factor *= _towards(1.0, own_s / (usual * self.draft_factor))
+            self._n_rounds += 1
+            share = max(LEARN, 1 / (self._n_rounds + 1))
+            self.draft_factor *= _towards(1.0, own_s / (usual * self.draft_factor), share)
 
     def observe_rest(self, n_sequences: int, seconds: float) -> None:
         """What followed a pass took so long."""
@@ -163,5 +183,5 @@ class StepModel:
         self.rest_s = own_s if self.rest_s == 0.0 else _towards(self.rest_s, own_s)
 
 
-def _towards(usual: float, seen: float) -> float:
-    return usual + LEARN * (min(seen, OUTLIER * usual) - usual)
+def _towards(usual: float, seen: float, share: float = LEARN) -> float:
+    return usual + share * (min(seen, OUTLIER * usual) - usual)
