@@ -49,7 +49,7 @@ def write(grammars: Grammars, params: SamplingParams, seed: int = 0, most: int =
             return written.decode()
         written += BYTES[token]
         state.push(token)
-    raise AssertionError(f"no end after {most} tokens: {written!r}")
+    raise AssertionError(f"no end after {most} tokens: {written[:99]!r}")
 
 
 def byte_table() -> dict[int, bytes]:
@@ -71,7 +71,12 @@ def test_random_texts_of_a_schema_are_valid_json(grammars: Grammars, seed: int) 
         "properties": {
             "n": {"type": "integer", "minimum": -5, "maximum": 99},
             "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
-            "in": {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]},
+            "in": {
+                "type": "object",
+                "properties": {"x": {"type": "boolean"}},
+                "required": ["x"],
+                "additionalProperties": False,
+            },
             "s": {"type": "string", "maxLength": 9},
         },
         "required": ["n", "tags", "in", "s"],
