@@ -19,6 +19,7 @@ from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.ops.reference import ReferenceOps
 from outdraft.speculate import verify as rule
+from outdraft.speculate.verify import block_residual
 from tests import tiny
 
 ALL = ["rows", "greedy", "batch", "chunks", "prefix", "preemption", "seeded", "distribution"]
@@ -100,14 +101,14 @@ def test_a_linear_that_depends_on_other_rows_fails_the_rows_rung(
     assert "of a call of 2 rows" in report["rungs"][0]["detail"]
 
 
-def whole_p(draft_id: int, q_V: Tensor | None, p_V: Tensor) -> Tensor:
-    return p_V.double()
+def whole_p(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, float]:
+    return p_V, block_residual(share, q_V, p_V)[1]
 
 
 def test_a_wrong_residual_fails_the_distribution_rung(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rule, "residual", whole_p)
+    monkeypatch.setattr(rule, "block_residual", whole_p)
     report = climb(load(pair), ["greedy", "distribution"], monkeypatch)
     assert outcome(report) == {"greedy": True, "distribution": False}
     assert "the rule's distribution" in report["rungs"][1]["detail"]
@@ -121,10 +122,11 @@ def test_samples_of_the_model_show_a_wrong_residual_too(
     llm.set_draft_n_max(3)
     assert verify_sampling.check_samples(llm, prompt).problem is None
 
-    def always_zero(draft_id: int, q_V: Tensor | None, p_V: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(p_V.argmax(), len(p_V)).double()
+    def always_best(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, float]:
+        best_V = torch.nn.functional.one_hot(p_V.argmax(), len(p_V)).double()
+        return best_V, block_residual(share, q_V, p_V)[1]
 
-    monkeypatch.setattr(rule, "residual", always_zero)
+    monkeypatch.setattr(rule, "block_residual", always_best)
     assert "chi-square" in str(verify_sampling.check_samples(llm, prompt).problem)
 
 
@@ -170,7 +172,7 @@ def test_the_verb_prints_and_exits_by_the_verdict(
 ) -> None:
     monkeypatch.setattr(verify, "RUNGS", {n: verify.RUNGS[n] for n in ("rows", "distribution")})
     if broken:
-        monkeypatch.setattr(rule, "residual", whole_p)
+        monkeypatch.setattr(rule, "block_residual", whole_p)
     asked = ["verify", str(pair), "--spec-draft-n-max", "2", "--quant", "w8"]
     done = CliRunner().invoke(app, [*asked, "--json"])
     report = json.loads(done.stdout)

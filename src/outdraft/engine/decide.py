@@ -17,7 +17,7 @@ from outdraft.ops.reference import pad_rows
 from outdraft.request import Logprobs
 from outdraft.sampling.logits import candidates, distribution, greedy, logprobs
 from outdraft.sampling.sampler import Purpose, sample, uniform
-from outdraft.speculate.verify import Verdict, verify_own, verify_sampled
+from outdraft.speculate.verify import Verdict, verify_block, verify_own
 
 
 @dataclass(slots=True)
@@ -126,10 +126,10 @@ def _drawn(sequence: Sequence, block: Block, rows: _Rows) -> Verdict:
         p.append(rows.probs(i + 1))
     p += [p[-1]] * (len(block.tokens) + 1 - len(p))
     positions = range(n, n + len(block.tokens) + 1)
-    accept_K = [uniform(sequence.seed, at, Purpose.ACCEPT) for at in positions[:-1]]
-    final_R = [uniform(sequence.seed, at, Purpose.TARGET) for at in positions]
+    accept_K = [uniform(sequence.seed, at, Purpose.ACCEPT, n) for at in positions[:-1]]
+    final_R = [uniform(sequence.seed, at, Purpose.TARGET, n) for at in positions]
     drafts = torch.tensor(block.tokens, dtype=torch.int64)
-    return verify_sampled(drafts, block.probs_KV, torch.stack(p), accept_K, final_R)
+    return verify_block(drafts, block.probs_KV, torch.stack(p), accept_K, final_R)
 
 
 def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[Logprobs] | None:
