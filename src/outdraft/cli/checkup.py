@@ -15,8 +15,9 @@ import torch
 from outdraft.bench.synthetic import CountingOps, synthetic_assistant, synthetic_target
 from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError, OutdraftError
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.layers import TargetConfig
 from outdraft.models.registry import CANDIDATES, DTYPES, family_of
 from outdraft.ops.packed import Format
 from outdraft.speculate.build import read_assistant_config
@@ -183,7 +184,7 @@ def _open_weights(found: Checkup) -> Checkpoint | None:
 
 def _examine_target(
     found: Checkup, raw: Mapping[str, Any], checkpoint: Checkpoint | None
-) -> Gemma4Config | None:
+) -> TargetConfig | None:
     if not raw:
         return None
     try:
@@ -193,7 +194,7 @@ def _examine_target(
     except ModelError as error:
         found.note("config", error)
         return None
-    found.shape = describe(config)
+    found.shape = family.describe(config)
     _count_memory(found, layers)
     _check_tensors(
         found,
@@ -218,7 +219,7 @@ def _examine_assistant(
     found.n_draft_default = config.n_draft_default
     head = f"ordered, {config.n_centroids} centroids" if config.ordered else "dense"
     found.shape = {
-        **describe(config.text),
+        **gemma4_config.describe(config.text),
         "target's hidden size": config.backbone_hidden_size,
         "head": head,
     }
@@ -294,8 +295,13 @@ def _read_text(found: Checkup) -> None:
 
 
 def _find_drafter(
-    found: Checkup, config: Gemma4Config, asked: str | None, cache: PackedCache | None
+    found: Checkup, config: TargetConfig, asked: str | None, cache: PackedCache | None
 ) -> None:
+    if not isinstance(config, Gemma4Config):
+        found.drafter_reason = (
+            "assistants are made for Gemma 4; give a smaller model by --assistant"
+        )
+        return
     try:
         choice = find_assistant(found.path, asked)
     except ModelError as error:
@@ -315,36 +321,6 @@ def _find_drafter(
             gemma4_assistant.check_pair(config, assistant)
         except ModelError as error:
             drafter.note("pairing", error)
-
-
-def describe(config: Gemma4Config) -> dict[str, str | int | float]:
-    """A text model's shape in the terms of its config."""
-    kinds = Counter(kind.removesuffix("_attention") for kind in config.layer_types)
-    shape: dict[str, str | int | float] = {
-        "layers": f"{config.n_layers} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
-        "hidden size": config.hidden_size,
-        "MLP": config.intermediate_size,
-        "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
-        "window": config.sliding_window,
-        "type": config.dtype,
-    }
-    for kind in dict.fromkeys(config.layer_types):
-        heads = config.attention[config.layer_types.index(kind)]
-        values = ", values made from keys" if heads.k_eq_v else ""
-        shape[f"{kind.removesuffix('_attention')} heads"] = (
-            f"{heads.n_heads} query, {heads.n_kv_heads} key/value of {heads.head_dim}{values}"
-        )
-    if config.num_kv_shared_layers:
-        shape["layers that share keys and values"] = config.num_kv_shared_layers
-    if config.ple_size:
-        shape["per-layer embedding"] = config.ple_size
-    if config.moe is not None:
-        shape["experts"] = (
-            f"{config.moe.n_experts}, {config.moe.top_k} a token, "
-            f"inner size {config.moe.intermediate_size}"
-        )
-    return shape
 
 
 def _short(dtype: torch.dtype) -> str:

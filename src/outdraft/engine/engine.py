@@ -13,6 +13,7 @@ from typing import Any
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
 from outdraft.engine.costs import measure_costs
+from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
@@ -94,7 +95,7 @@ class LLM:
         path = resolve_model(model)
         self.loading = loading or Loading()
         self.target = load_target(path, self.config, self.loading)
-        self.pairing = build_drafter(self.target, self.config, self.loading)
+        self.pairing = build_drafter(self.target, self.config, TargetPass, self.loading)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
