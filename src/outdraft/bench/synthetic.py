@@ -69,13 +69,13 @@ class SyntheticOps(CpuOps):
             self.programs.append(program)
         return CpuOps.begin(self, program)
 
-    def pack(self, weight: StoredWeight, role: Role = "linear") -> PackedLinear:
+    def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
         """A weight of this shape."""
         packed = synthetic_weight(self.stored_as(role), *_dimensions(weight.shape))
         self.weights.append(packed)
         return packed
 
-    def pack_blocks(self, weight_VK: StoredWeight, ids_CN: Tensor) -> PackedLinear:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> PackedLinear:
         """See `Ops.pack_blocks`."""
         return self.pack(weight_VK.take(ids_CN), "embedding")
 
@@ -94,11 +94,11 @@ class CountingOps(CpuOps):
 
     n_bytes: int = 0
 
-    def pack(self, weight: StoredWeight, role: Role = "linear") -> Any:
+    def pack(self, weight: Any, role: Role = "linear") -> Any:
         """Count a weight of this shape."""
         self.n_bytes += packed_bytes(self.stored_as(role), *_dimensions(weight.shape))
 
-    def pack_blocks(self, weight_VK: StoredWeight, ids_CN: Tensor) -> Any:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> Any:
         """See `Ops.pack_blocks`."""
         self.pack(weight_VK.take(ids_CN), "embedding")
 

@@ -5,14 +5,15 @@ itself, run over tensors without data. Not here: how the facts are shown (inspec
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from outdraft.bench.synthetic import CountingOps, synthetic_assistant, synthetic_target
+from outdraft.bench.synthetic import CountingOps, placeholders, synthetic_assistant
 from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError, OutdraftError
 from outdraft.models import gemma4_assistant, gemma4_config
@@ -117,11 +118,18 @@ def examine(path: Path, assistant: str | None = None, cache: PackedCache | None 
     if found.model_type in ASSISTANT_TYPES:
         config = _examine_assistant(found, raw, checkpoint)
         if config is not None and checkpoint is not None:
-            note_packed(found, raw, checkpoint, config, config.text.dtype, cache)
+            build = partial(synthetic_assistant, config, n_positions=1)
+            note_packed(found, raw, checkpoint, build, config.text.dtype, cache)
         return found
     target = _examine_target(found, raw, checkpoint)
     if target is not None and checkpoint is not None:
-        note_packed(found, raw, checkpoint, target, target.dtype, cache)
+        family = family_of(raw, path)
+        weights = placeholders(family.expected_tensors(target))
+
+        def build_target(ops: CountingOps) -> object:
+            return family.build(target, weights, ops, 1)
+
+        note_packed(found, raw, checkpoint, build_target, target.dtype, cache)
     _read_text(found)
     if target is not None:
         _find_drafter(found, target, assistant, cache)
@@ -132,19 +140,15 @@ def note_packed(
     found: Checkup,
     raw: Mapping[str, Any],
     checkpoint: Checkpoint,
-    config: Gemma4Config | AssistantConfig,
+    build: Callable[[CountingOps], object],
     dtype: str,
     cache: PackedCache | None,
 ) -> None:
     """Count what the kernels' weights take in each format, and look for their files."""
-    drafter = isinstance(config, AssistantConfig)
-    formats: tuple[Format, ...] = ("w8", "bf16") if drafter else ("w4", "w8", "bf16")
-    for format in formats:
+    formats: tuple[Format, ...] = ("w8", "bf16")
+    for format in formats if found.kind == "assistant" else ("w4", *formats):
         ops = CountingOps(format)
-        if isinstance(config, AssistantConfig):
-            synthetic_assistant(config, ops, 1)
-        else:
-            synthetic_target(config, ops, 1)
+        build(ops)
         found.packed_bytes[format] = ops.n_bytes
         if cache is None or found.problems or dtype not in DTYPES:
             continue
@@ -315,7 +319,8 @@ def _find_drafter(
     raw, checkpoint = _read_config(drafter), _open_weights(drafter)
     assistant = _examine_assistant(drafter, raw, checkpoint)
     if assistant is not None and checkpoint is not None:
-        note_packed(drafter, raw, checkpoint, assistant, config.dtype, cache)
+        build = partial(synthetic_assistant, assistant, n_positions=1)
+        note_packed(drafter, raw, checkpoint, build, config.dtype, cache)
     if assistant is not None:
         try:
             gemma4_assistant.check_pair(config, assistant)

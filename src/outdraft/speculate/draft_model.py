@@ -19,9 +19,11 @@ from outdraft.cache.memory import Memory, Span
 from outdraft.config import EngineConfig
 from outdraft.errors import CapacityError, PairingError
 from outdraft.models.registry import Target, load_target
+from outdraft.ops.reference import probability_of_largest
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 from outdraft.text.tokenizer import Tokenizer
+from outdraft.weights.loading import Loading
 
 CATCH_UP = (
     512  # rows of one sequence that a round reads at most; with more to come it has no drafts
@@ -94,11 +96,10 @@ class DraftModelDrafter:
         if reading:
             self._run([(s.id, pending[s.id][:CATCH_UP]) for s in reading], scores=False)
         ready = [s for s in able if len(pending[s.id]) <= CATCH_UP]
-        draft = Draft(
-            tokens_BK=torch.zeros(len(view.sequences), k, dtype=torch.int64),
-            probs=[None] * len(view.sequences),
-            lengths=[0] * len(view.sequences),
-        )
+        n = len(view.sequences)
+        sure_BK = torch.full((n, k), torch.nan)
+        tokens_BK = torch.zeros(n, k, dtype=torch.int64)
+        draft = Draft(tokens_BK, [None] * n, [0] * n, confidence_BK=sure_BK)
         if not ready:
             return draft
         own = self._chain(ready, [(s.id, pending[s.id]) for s in ready], k)
@@ -107,6 +108,8 @@ class DraftModelDrafter:
             b = place[sequence.id]
             draft.tokens_BK[b] = own.tokens_BK[i]
             draft.probs[b], draft.lengths[b] = own.probs[i], k
+            if own.confidence_BK is not None:
+                sure_BK[b] = own.confidence_BK[i]
         return draft
 
     def _chain(
@@ -114,7 +117,7 @@ class DraftModelDrafter:
     ) -> Draft:
         rows: list[tuple[str, list[int]]] | None = first
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal rows
             if rows is None:
                 newest = newest_B.tolist()
@@ -122,7 +125,7 @@ class DraftModelDrafter:
             scores = self._run(rows, scores=True)
             rows = None
             assert scores is not None
-            return scores
+            return *scores, probability_of_largest(scores[0])
 
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
@@ -208,6 +211,7 @@ def load_draft_model(
     config: EngineConfig,
     make_pass: Callable[[Target, Memory], ModelPass],
     n_draft_max: int,
+    loading: Loading | None = None,
 ) -> DraftModelDrafter:
     """Read a draft model, check that it speaks the target's tokens, and plan its memory.
 
@@ -215,7 +219,7 @@ def load_draft_model(
         ModelError: it cannot be used, or is of another vocabulary.
     """
     check_vocabularies(Tokenizer.load(target.path), Tokenizer.load(path))
-    model = load_target(path, replace(config, ctx_size=target.ctx_size))
+    model = load_target(path, replace(config, ctx_size=target.ctx_size), loading)
     if model.ctx_size < target.ctx_size:
         raise PairingError(
             f"the draft model's context is {model.ctx_size} tokens, the target's {target.ctx_size}",
