@@ -123,7 +123,7 @@ def verify_with(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decision, "uniform", lambda _, at, why: numbers[why][at - len(tokens)])
             block = decision.Block(ids_K.tolist(), q_KV if len(ids_K) else None)
-            verdict = decision.decide(sequence, block, logits_RV, torch.empty(0))
+            verdict = decision.decide(sequence, block, logits_RV, [])
         assert state.tokens == tokens or make is not SamplerState
         return verdict
 

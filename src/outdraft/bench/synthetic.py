@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from outdraft.models import gemma4_assistant
-from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
 from outdraft.ops.base import Role
 from outdraft.ops.cpu import CpuOps
@@ -129,9 +130,11 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
         piece.copy_(part[: piece.numel()])
 
 
-def synthetic_target(config: Gemma4Config, ops: CpuOps, n_positions: int) -> Gemma4:
+def synthetic_target(
+    config: TargetConfig, ops: CpuOps, n_positions: int, family: Family = GEMMA4
+) -> TargetModel:
     """A target whose weights `ops` makes up (or only counts)."""
-    return Gemma4(config, placeholders(expected_tensors(config)), ops, n_positions)
+    return family.build(config, placeholders(family.expected_tensors(config)), ops, n_positions)
 
 
 def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:

@@ -12,7 +12,7 @@ from typing import Any
 
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
-from outdraft.engine.costs import measure_costs
+from outdraft.engine.costs import Bench, measure_costs
 from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
@@ -156,7 +156,7 @@ class LLM:
     def set_draft_auto(self) -> None:
         """Choose draft lengths by measured costs and acceptance, from the next step on.
 
-        Costs are measured at the first call, in under half a second, if nothing is in progress.
+        Costs are measured at the first call, in about half a second, if nothing is in progress.
 
         Raises:
             OutdraftError: there is no drafter.
@@ -165,10 +165,10 @@ class LLM:
         if drafter is None:
             raise OutdraftError("no draft length can be chosen", self.pairing.reason)
         if self.lengths is None:
-            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts)
+            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts, drafter=drafter)
             if not self.scheduler.busy:
-                target_pass = self.runner.target_pass
-                measure_costs(self.lengths, self.target, target_pass, drafter, self.memory, k)
+                bench = Bench(self.target, self.runner.target_pass, drafter, self.memory)
+                measure_costs(self.lengths, bench, k, self.config.max_sequences)
         self.scheduler.n_draft_max = k
         self.scheduler.draft_lengths = self.lengths.choose
         self.runner.lengths = self.lengths

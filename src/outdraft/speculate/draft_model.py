@@ -19,7 +19,6 @@ from outdraft.cache.memory import Memory, Span
 from outdraft.config import EngineConfig
 from outdraft.errors import CapacityError, PairingError
 from outdraft.models.registry import Target, load_target
-from outdraft.ops.reference import probability_of_largest
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 from outdraft.text.tokenizer import Tokenizer
@@ -96,10 +95,11 @@ class DraftModelDrafter:
         if reading:
             self._run([(s.id, pending[s.id][:CATCH_UP]) for s in reading], scores=False)
         ready = [s for s in able if len(pending[s.id]) <= CATCH_UP]
-        n = len(view.sequences)
-        sure_BK = torch.full((n, k), torch.nan)
-        tokens_BK = torch.zeros(n, k, dtype=torch.int64)
-        draft = Draft(tokens_BK, [None] * n, [0] * n, confidence_BK=sure_BK)
+        draft = Draft(
+            tokens_BK=torch.zeros(len(view.sequences), k, dtype=torch.int64),
+            probs=[None] * len(view.sequences),
+            lengths=[0] * len(view.sequences),
+        )
         if not ready:
             return draft
         own = self._chain(ready, [(s.id, pending[s.id]) for s in ready], k)
@@ -108,8 +108,6 @@ class DraftModelDrafter:
             b = place[sequence.id]
             draft.tokens_BK[b] = own.tokens_BK[i]
             draft.probs[b], draft.lengths[b] = own.probs[i], k
-            if own.confidence_BK is not None:
-                sure_BK[b] = own.confidence_BK[i]
         return draft
 
     def _chain(
@@ -125,7 +123,10 @@ class DraftModelDrafter:
             scores = self._run(rows, scores=True)
             rows = None
             assert scores is not None
-            return *scores, probability_of_largest(scores[0])
+            logits_BV, best_B = scores
+            best_B1 = best_B[:, None].long()
+            sure_B = torch.exp(logits_BV.gather(1, best_B1)[:, 0] - logits_BV.logsumexp(dim=1))
+            return logits_BV, best_B, sure_B
 
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
