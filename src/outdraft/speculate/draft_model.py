@@ -22,6 +22,7 @@ from outdraft.models.registry import Target, load_target
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 from outdraft.text.tokenizer import Tokenizer
+from outdraft.weights.loading import Loading
 
 CATCH_UP = (
     512  # rows of one sequence that a round reads at most; with more to come it has no drafts
@@ -225,6 +226,7 @@ def load_draft_model(
     config: EngineConfig,
     make_pass: Callable[[Target, Memory], ModelPass],
     n_draft_max: int,
+    loading: Loading | None = None,
 ) -> DraftModelDrafter:
     """Read a draft model, check that it speaks the target's tokens, and plan its memory.
 
@@ -232,7 +234,7 @@ def load_draft_model(
         ModelError: it cannot be used, or is of another vocabulary.
     """
     check_vocabularies(Tokenizer.load(target.path), Tokenizer.load(path))
-    model = load_target(path, replace(config, ctx_size=target.ctx_size))
+    model = load_target(path, replace(config, ctx_size=target.ctx_size), loading)
     if model.ctx_size < target.ctx_size:
         raise PairingError(
             f"the draft model's context is {model.ctx_size} tokens, the target's {target.ctx_size}",
