@@ -1,6 +1,5 @@
 """Options that depend on the text: against restatements from scratch, and put back exactly."""
 
-import json
 import math
 import random
 
