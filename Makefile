@@ -38,7 +38,7 @@ test-asan: setup ## the kernels' tests with the address and undefined-behaviour 
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/asan_tests.py build/asan
 
 prove: setup     ## the slow proofs
-	$(BIN)/pytest -m prove
+	$(BIN)/pytest -m prove -n 2 --durations=15
 
 lint: setup      ## style and types only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -14,15 +14,19 @@ from outdraft.bench.verify_runs import Ladder
 from outdraft.cache.books import PageBooks
 from outdraft.cli.main import app
 from outdraft.config import EngineConfig
+from outdraft.engine import decide
 from outdraft.engine.engine import LLM
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.ops.reference import ReferenceOps
 from outdraft.speculate import verify as rule
-from outdraft.speculate.verify import block_residual
+from outdraft.speculate.verify import Verdict, block_residual
 from tests import tiny
 
-ALL = ["rows", "greedy", "batch", "chunks", "prefix", "preemption", "seeded", "distribution"]
+ALL = [
+    *("rows", "greedy", "drafters", "batch", "chunks"),
+    *("prefix", "preemption", "seeded", "distribution"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,9 @@ def test_without_a_drafter_drafting_is_skipped_and_the_rest_runs(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = climb(load(pair, spec_type="off"), ALL, monkeypatch)
-    assert outcome(report) == dict.fromkeys(ALL, True) | {"greedy": None}, report["rungs"]
+    assert outcome(report) == dict.fromkeys(ALL, True) | {"greedy": None, "drafters": None}, report[
+        "rungs"
+    ]
     skipped = next(rung for rung in report["rungs"] if rung["passed"] is None)
     assert skipped["detail"] == "skipped: drafting is off: --spec-type off"
     assert report["passed"]
@@ -99,6 +105,17 @@ def test_a_linear_that_depends_on_other_rows_fails_the_rows_rung(
     report = climb(load(pair, backend="reference"), ["rows"], monkeypatch)
     assert outcome(report) == {"rows": False}
     assert "of a call of 2 rows" in report["rungs"][0]["detail"]
+
+
+def test_a_drafter_whose_drafts_are_not_verified_fails_its_rung(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trusting(drafts: Any, best: Any) -> Verdict:
+        return Verdict(len(drafts), int(best[len(drafts)]))
+
+    monkeypatch.setattr(decide, "verify_greedy", trusting)
+    report = climb(load(pair), ["rows", "drafters"], monkeypatch)
+    assert outcome(report) == {"rows": True, "drafters": False}
 
 
 def whole_p(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, float]:

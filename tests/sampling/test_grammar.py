@@ -88,7 +88,9 @@ def test_random_texts_of_a_schema_are_valid_json(grammars: Grammars, seed: int) 
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_fails_alone_within_seconds(grammars: Grammars, name: str) -> None:
+def test_security_class_5_a_hostile_grammar_fails_alone_within_seconds(
+    grammars: Grammars, name: str
+) -> None:
     start = time.monotonic()
     with pytest.raises(SamplingError, match=r"to compile|ends the compiler"):
         grammars.start(HOSTILE[name])
@@ -175,14 +177,14 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_few_grammars_stay_compiled(grammars: Grammars) -> None:
+def test_security_class_6_few_grammars_stay_compiled(grammars: Grammars) -> None:
     many_schemas(grammars, 120)
     assert 10 < len(grammars._compiled) < 70
 
 
 @pytest.mark.prove
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_ten_thousand_schemas_leave_memory_flat(grammars: Grammars) -> None:
+def test_security_class_6_ten_thousand_schemas_leave_memory_flat(grammars: Grammars) -> None:
     many_schemas(grammars, 1_000)
     before = resident_bytes()
     many_schemas(grammars, 10_000)

@@ -28,8 +28,9 @@ KEPT_BYTES = 32 * 2**20
 LIMITS: dict[str, Any] = {"verbose_errors": False, "max_lexer_states": 50_000}
 """Of llguidance, which sets the fuel itself. A lexer's state takes some hundred bytes."""
 
-JSON_WHITESPACE = r"( |\n[ \t]{0,20})?"
-"""A space, or a new line and its indentation: bounded, so that no text is spaces without end."""
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON on one line, as Python's `json.dumps` writes it: no text is spaces without end, and what
+stands between values is known without the model."""
 
 
 class GrammarState:
@@ -167,9 +168,7 @@ def _source(params: SamplingParams) -> str:
     schema = '{"type": "object"}' if params.json_object else params.json_schema
     assert isinstance(schema, str)
     try:
-        return str(
-            make.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITESPACE})
-        )
+        return str(make.grammar_from_json_schema(schema, overrides=JSON_LAYOUT))
     except ValueError as error:
         raise SamplingError(
             f"the JSON schema is not valid: {error}", "give a JSON schema as an object or its text"
