@@ -29,6 +29,7 @@ class SchedulerStats:
 
     n_admitted: int = 0
     n_preempted: int = 0
+    n_refused: int = 0
     n_draft_length_failures: int = 0
 
 
@@ -70,6 +71,7 @@ class Scheduler:
         """
         room = max(0, self.max_sequences - len(self.running))
         if len(self.waiting) >= self.max_queue + room:
+            self.stats.n_refused += 1
             raise QueueFull(
                 f"{len(self.waiting)} requests wait already", "try again later, or raise max_queue"
             )
