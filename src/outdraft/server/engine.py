@@ -1,8 +1,8 @@
 """The server's end of the engine: its process is started, watched and spoken to from here.
 
-`submit` gives a `Stream`, whose batches are awaited; closing it aborts the request. When the process
-dies, every stream gets an error at once and a new process is started, with a growing pause. Not
-here: what the process does (worker.py), requests in the terms of HTTP (jobs.py).
+`submit` gives a `Stream`, whose batches are awaited; closing it aborts the request. When the
+process dies, every stream gets an error at once and a new process is started, with a growing pause.
+Not here: what the process does (worker.py), requests in the terms of HTTP (jobs.py).
 """
 
 import asyncio
