@@ -12,6 +12,7 @@ from outdraft.engine.engine import LLM
 from outdraft.request import SamplingParams
 from tests.server.live import Live
 
+SAMPLED = {"temperature": 0.9, "seed": 1234, "top_p": 0.95, "top_k": 0}
 PROMPTS = ["def mean(values):\n", "class Stack:\n    def push(self, x):\n"]
 
 
@@ -23,7 +24,7 @@ def llm() -> Iterator[LLM]:
 
 def test_tokens_are_those_of_the_python_api(live: Live, llm: LLM) -> None:
     """Greedy, and sampled with a seed: the server adds nothing and takes nothing away."""
-    for values in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 1234, "top_p": 0.95}):
+    for values in ({"temperature": 0.0}, SAMPLED):
         for prompt in PROMPTS:
             own = llm.generate(prompt, SamplingParams(max_tokens=40, **values))  # type: ignore[arg-type]
             asked = {"prompt": prompt, "max_tokens": 40, "outdraft": {"tokens": True}, **values}
