@@ -200,6 +200,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
+        draft_n_max: int | None = None,
     ) -> Sequence:
         """A request that can be queued. It touches nothing of the engine: any thread may call it.
 
@@ -212,7 +213,7 @@ class LLM:
             raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt)
+        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt, draft_n_max)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)
