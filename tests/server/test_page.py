@@ -18,6 +18,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, 
 from tests.server.live import Live, launch
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
+expect.set_options(timeout=30_000)
+
 CODE = "def add(a, b):\n    return"
 
 
@@ -244,13 +246,17 @@ def test_model_output_is_never_html(page: Page) -> None:
     assert found[1].count("onerror=alert(1)") == 3
 
 
-def test_an_error_of_the_server_is_shown_with_its_reason(page: Page) -> None:
+def test_an_error_of_the_server_is_shown_with_its_reason(browser: Browser, live: Live) -> None:
+    page, watch = open_page(browser, live.url)
+    watch.forgiven = ("status of 400",)  # the browser itself notes every answer that is an error
     page.evaluate("localStorage.setItem('outdraft.settings', JSON.stringify({max_tokens: -5}))")
     page.reload()
     expect(page.locator("#server-state")).to_have_text("ready")
     send(page, "Hello")
     expect(page.locator(".answer .problem")).to_contain_text("max_tokens")
     ended(page)
+    page.context.close()
+    watch.check()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
