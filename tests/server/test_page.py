@@ -15,7 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
-from tests.server.live import Live, launch
+from tests.server.live import Live, live_server
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 expect.set_options(timeout=30_000)
@@ -292,27 +292,26 @@ def test_axe_finds_nothing_serious(
     watch.check()
 
 
-def test_a_server_that_is_gone_is_said_and_found_again(browser: Browser, tmp_path: Path) -> None:
-    first = launch(tmp_path)
-    opened, watch = open_page(browser, first.url)
-    watch.forgiven = ("ERR_CONNECTION_REFUSED", "Failed to load resource", "ERR_", "net::")
-    settings(opened, max_tokens=2000)
-    choose(opened, "mode", "continue")
-    send(opened, CODE)
-    expect(opened.locator(".answer .tok").nth(5)).to_be_attached()
-    first.kill()
+def test_a_server_that_is_gone_is_said_and_found_again(browser: Browser) -> None:
+    with live_server() as first:
+        opened, watch = open_page(browser, first.url)
+        watch.forgiven = ("net::ERR_", "Failed to load resource")
+        settings(opened, max_tokens=2000)
+        choose(opened, "mode", "continue")
+        send(opened, CODE)
+        expect(opened.locator(".answer .tok").nth(5)).to_be_attached()
+        first.process.kill()
     expect(opened.locator("#banner")).to_contain_text("does not answer")
     expect(opened.locator(".answer .problem")).to_be_visible()
     ended(opened)
     kept = opened.locator(".answer .tok").count()
     assert kept > 5
-    again = launch(tmp_path, port=first.port)
-    opened.click("#banner-retry")
-    expect(opened.locator("#server-state")).to_have_text("ready")
-    expect(opened.locator("#banner")).not_to_be_visible()
-    assert opened.locator(".answer .tok").count() == kept
-    opened.context.close()
-    again.kill()
+    with live_server(port=first.port):
+        opened.click("#banner-retry")
+        expect(opened.locator("#server-state")).to_have_text("ready")
+        expect(opened.locator("#banner")).not_to_be_visible()
+        assert opened.locator(".answer .tok").count() == kept
+        opened.context.close()
     watch.check()
 
 

@@ -203,10 +203,6 @@ class LLM:
     ) -> Sequence:
         """A request that can be queued. It touches nothing of the engine: any thread may call it.
 
-        Args:
-            cache_salt: requests with different salts share no cached keys and values.
-            draft_n_max: caps the drafts of a step for this request; 0 decodes it plainly.
-
         Raises:
             PromptError: the prompt cannot be run.
             SamplingError: the model cannot meet an option, or n is not 1.

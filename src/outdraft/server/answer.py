@@ -1,7 +1,8 @@
 """How the tokens of a chat become parts of an answer: content, reasoning, tool calls.
 
-Here: the parts, what a reader is, and the one that takes everything for content. A front pushes the
-tokens of every delta through a reader and translates the parts. Not here: formats of model families.
+Here: the parts, what a reader is, and the one that takes everything for content. A front pushes
+the tokens of every delta through a reader and translates the parts. Not here: the formats of model
+families.
 """
 
 from collections.abc import Sequence

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
@@ -95,6 +96,7 @@ def make_app(service: Service, access: Access, log: Callable[[dict[str, Any]], N
 
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unforeseen)
 
     def done(scope: Scope, visit: Visit) -> None:
@@ -203,6 +205,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     text = what.get(error.status_code, "the request cannot be answered")
     shown = ApiError(error.status_code, text, headers=dict(error.headers or {}))
     return error_response(shown, request.scope)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the log line has it
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

@@ -207,7 +207,10 @@ class CompletionAnswer:
 
     def _logprobs(self, choice: int, tokens: list[Token]) -> dict[str, Any]:
         """The older form of log-probabilities, four lists by token."""
-        names, values, tops, offsets = [], [], [], []
+        names: list[str] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets: list[int] = []
         for token in tokens:
             at = self.offsets.get(choice, 0)
             self.offsets[choice] = at + len(token.text)

@@ -1,8 +1,8 @@
 """The server's end of the engine: its process is started, watched and spoken to from here.
 
-`submit` gives a `Stream`, whose batches are awaited; closing it aborts the request. When the process
-dies, every stream gets an error at once and a new process is started, with a growing pause. Not
-here: what the process does (worker.py), requests in the terms of HTTP (jobs.py).
+`submit` gives a `Stream`, whose batches are awaited; closing it aborts the request. When the
+process dies, every stream gets an error at once and a new process is started, with a growing pause.
+Not here: what the process does (worker.py), requests in the terms of HTTP (jobs.py).
 """
 
 import asyncio
@@ -27,6 +27,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 STEADY_S = 30.0
 """A process that lived so long is restarted with the first pause again."""
 STALLED_S = 120.0
+IDLE_S = 2.0
 
 
 class State(enum.StrEnum):
@@ -109,7 +110,6 @@ class Engine:
         self.load_error: OutdraftError | None = None
         self.note = note
         self.changed = asyncio.Event()
-        self.on_stats: list[Callable[[dict[str, Any]], None]] = []
         self._names = itertools.count()
         self._streams: dict[str, Stream] = {}
         self._answers: dict[str, asyncio.Future[Any]] = {}
@@ -151,17 +151,19 @@ class Engine:
                 await self._task
         self._lose_all(EngineGone("the server has stopped"))
 
-    @property
-    def busy(self) -> int:
-        """Requests in the engine."""
-        return len(self._streams)
+    def snapshot(self) -> dict[str, Any]:
+        """What the engine last said of itself. It says nothing while it is idle."""
+        old = time.monotonic() - self._heard_at > IDLE_S
+        if old and not self.stats.get("running"):
+            return {**self.stats, "tok_s": 0.0}
+        return self.stats
 
     @property
     def stalled(self) -> bool:
         """Whether there is work and nothing was heard for long."""
         return bool(self._streams) and time.monotonic() - self._heard_at > STALLED_S
 
-    async def submit(
+    def submit(
         self,
         prompt: tuple[int, ...],
         params: SamplingParams,
@@ -172,15 +174,16 @@ class Engine:
         draft_n_max: int | None = None,
         detail: bool = False,
     ) -> Stream:
-        """Send a request; it is in the engine's queue when this returns.
+        """Send a request. Await `accepted` of the stream: then it is in the engine's queue.
+
+        That raises ApiError when the engine refuses the request, EngineGone when it died.
 
         Args:
             mailbox: where its batches go; several requests may share one.
             detail: tell the number of drafts of each block, too.
 
         Raises:
-            ApiError: the engine refuses it, or there is none at the moment.
-            EngineGone: the engine died meanwhile.
+            ApiError: there is no engine at the moment.
         """
         self.require_ready()
         name = f"s{next(self._names)}"
@@ -200,11 +203,6 @@ class Engine:
                 "detail": detail,
             }
         )
-        try:
-            await stream.accepted
-        except BaseException:
-            self.close(stream)
-            raise
         return stream
 
     def close(self, stream: Stream) -> None:
@@ -212,6 +210,8 @@ class Engine:
         if self._streams.pop(stream.name, None) is not None and not stream.ended:
             self._send({"op": "abort", "id": stream.name})
         stream.ended = True
+        if not stream.accepted.cancel() and not stream.accepted.cancelled():
+            stream.accepted.exception()  # seen, whoever else looks
 
     async def embed(self, inputs: list[tuple[int, ...]], pooling: str) -> list[list[float]]:
         """Embeddings of token sequences.
@@ -301,8 +301,6 @@ class Engine:
                     stream.mailbox.put(Batch(stream.index, rows, end))
             case "stats":
                 self.stats = message
-                for listen in self.on_stats:
-                    listen(message)
             case "accepted":
                 stream = self._streams.get(message["id"])
                 if stream is not None and not stream.accepted.done():
@@ -333,7 +331,7 @@ class Engine:
             error = ApiError(400, f"{message['message']}: {message['hint']}")
         else:
             self.note(f"a request failed: {message['kind']}: {message['message']}")
-            error = ApiError(400, "the engine could not prepare this request")
+            error = ApiError(500, "the engine could not prepare this request")
         answer.set_exception(error)
 
     def _send(self, message: dict[str, Any]) -> None:

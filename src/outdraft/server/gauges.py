@@ -6,35 +6,15 @@ their names in Prometheus (metrics.py).
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 from outdraft.engine.engine import LLM
 from outdraft.engine.sequence import Sequence
 from outdraft.request import TokenEvent
-from outdraft.speculate.stats import DraftStats
+from outdraft.server.errors import public
 
 WINDOW_S = 3.0
 """Rates are over so many last seconds with work."""
-
-
-@dataclass(slots=True)
-class _Totals:
-    """Of requests that have ended."""
-
-    draft: DraftStats = field(default_factory=DraftStats)
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    n_prompt: int = 0
-    n_cached: int = 0
-
-    def add(self, sequence: Sequence) -> None:
-        """A request's own."""
-        self.draft.merge(sequence.stats)
-        self.draft_s += sequence.times.draft_s
-        self.verify_s += sequence.times.forward_s
-        self.n_prompt += len(sequence.request.prompt_tokens)
-        self.n_cached += sequence.n_cached
 
 
 class Gauges:
@@ -42,7 +22,7 @@ class Gauges:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self.ended = _Totals()
+        self.draft_s = self.verify_s = 0.0
         self.n_tokens = 0
         self._times: deque[tuple[float, int]] = deque()
 
@@ -57,57 +37,44 @@ class Gauges:
                 self._times.popleft()
 
     def end(self, sequence: Sequence) -> None:
-        """A request has ended."""
-        self.ended.add(sequence)
+        """A request has ended: its seconds of drafting and of passes count from now on."""
+        self.draft_s += sequence.times.draft_s
+        self.verify_s += sequence.times.forward_s
 
     def read(self, now: float) -> dict[str, Any]:
-        """All of it; counts include what is in progress."""
-        scheduler = self.llm.scheduler
-        totals = _Totals()
-        for part in (self.ended.draft, *(s.stats for s in scheduler.running.values())):
-            totals.draft.merge(part)
-        running = list(scheduler.running.values())
-        draft = totals.draft
-        draft_s = self.ended.draft_s + sum(s.times.draft_s for s in running)
-        verify_s = self.ended.verify_s + sum(s.times.forward_s for s in running)
-        pool = self._pages()
+        """All of it."""
+        stats = self.llm.stats()
+        drafts = stats.drafts
         return {
-            "running": len(running),
-            "waiting": len(scheduler.waiting),
-            "preempted": scheduler.stats.n_preempted,
+            "running": stats.n_running,
+            "waiting": stats.n_waiting,
+            "preempted": stats.n_preempted,
             "tok_s": self._rate(now),
             "tokens": self.n_tokens,
-            "prompt_tokens": self.ended.n_prompt
-            + sum(len(s.request.prompt_tokens) for s in running),
-            "cached_tokens": self.ended.n_cached + sum(s.n_cached for s in running),
-            "passes": draft.n_passes,
-            "drafted": draft.drafted,
-            "accepted": draft.accepted,
-            "tokens_per_pass": draft.tokens_per_pass,
-            "acceptance_by_position": draft.acceptance_by_position,
-            "draft_s": draft_s,
-            "verify_s": verify_s,
-            "pages": pool,
-            "faults": {
-                "drafter": self.llm.runner.faults.n_drafter,
-                "pass": self.llm.runner.faults.n_pass,
-                "request": self.llm.runner.faults.n_request,
+            "prompt_tokens": stats.n_prompt_tokens,
+            "cached_tokens": stats.n_cached_tokens,
+            "passes": drafts.n_passes,
+            "drafted": drafts.drafted,
+            "accepted": drafts.accepted,
+            "tokens_per_pass": drafts.tokens_per_pass,
+            "acceptance_by_position": drafts.acceptance_by_position,
+            "draft_s": self.draft_s,
+            "verify_s": self.verify_s,
+            "pages": {
+                "free": sum(p.free for p in stats.pages.values()),
+                "used": sum(p.used for p in stats.pages.values()),
+                "cached": sum(p.cached for p in stats.pages.values()),
             },
-            "draft_n_now": None,
-            "draft_reason": self.llm.pairing.reason,
-            "speedup_measured": None,
+            "faults": {
+                "drafter": stats.faults.n_drafter,
+                "pass": stats.faults.n_pass,
+                "request": stats.faults.n_request,
+            },
+            "drafting": stats.why_not_drafting is None,
+            "draft_n_now": stats.draft_length,
+            "draft_reason": public(stats.why_not_drafting or self.llm.pairing.reason),
+            "speedup_measured": stats.speed_up,
         }
-
-    def _pages(self) -> dict[str, int]:
-        """Pages of all groups: free, held by requests, and kept for later prompts."""
-        free = used = cached = 0
-        for group in self.llm.memory.books.groups.values():
-            pool = group.pool
-            idle = pool.n_available - pool.n_free
-            free += pool.n_free
-            cached += idle
-            used += pool.n_pages - pool.n_available
-        return {"free": free, "used": used, "cached": cached}
 
     def _rate(self, now: float) -> float:
         """Tokens a second of the last seconds."""
@@ -128,7 +95,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "compute": llm.describe(),
         "drafter": None if drafter is None else drafter.name,
         "draft_n_max": llm.pairing.n_draft_max if drafter is not None else 0,
-        "draft_reason": llm.pairing.reason,
+        "draft_reason": public(llm.pairing.reason),
         "max_sequences": llm.config.max_sequences,
         "hidden_size": target.config.hidden_size,
     }

@@ -5,6 +5,7 @@ come from a page of this server (or of an allowed origin), and under a host name
 that no web site can use the server of who visits it. Not here: limits of what is asked (limits.py).
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -144,10 +145,6 @@ class Guard:
                 await self._preflight(headers, watched)
                 return
             await self.app(scope, _limited(receive, self.limits), watched)
-        except ApiError as error:
-            if visit.status:
-                raise
-            await error_response(error, scope)(scope, receive, watched)
         finally:
             self.done(scope, visit)
 
@@ -218,19 +215,23 @@ def visit_of(scope: Scope) -> Visit:
 def _limited(receive: Receive, limits: Limits) -> Receive:
     """`receive` that refuses bodies that are too long or too slow."""
     n_bytes = 0
-    deadline = time.monotonic() + limits.body_s
+    deadline = asyncio.get_running_loop().time() + limits.body_s
     complete = False
 
     async def limited() -> Message:
         nonlocal n_bytes, complete
-        message = await receive()
-        if message["type"] == "http.request" and not complete:
+        if complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, "the body took too long to arrive") from None
+        if message["type"] == "http.request":
             n_bytes += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if n_bytes > limits.body_bytes:
                 raise _too_large(limits)
-            if not complete and time.monotonic() > deadline:
-                raise ApiError(408, "the body took too long to arrive")
         return message
 
     return limited

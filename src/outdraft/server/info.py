@@ -14,7 +14,7 @@ from starlette.responses import Response
 from outdraft import __version__
 from outdraft.server.completions import Ids, prompts_of
 from outdraft.server.engine import EngineGone, State
-from outdraft.server.errors import ApiError, bad_request, public
+from outdraft.server.errors import ApiError, bad_request
 from outdraft.server.guard import visit_of
 from outdraft.server.schema import Loose, parse
 from outdraft.server.service import Service, read_body
@@ -122,7 +122,7 @@ def props(service: Service) -> Response:
             "modalities": {"vision": False, "audio": False},
             "drafter": info.get("drafter"),
             "draft_n_max": info.get("draft_n_max"),
-            "draft_reason": public(str(info.get("draft_reason", ""))),
+            "draft_reason": info.get("draft_reason"),
             "compute": info.get("compute"),
         }
     )
@@ -130,8 +130,7 @@ def props(service: Service) -> Response:
 
 def stats(service: Service) -> Response:
     """What the page's gauges show."""
-    raw = {k: v for k, v in service.engine.stats.items() if k not in ("op", "faults")}
-    raw["draft_reason"] = public(str(raw.get("draft_reason", "")))
+    raw = {k: v for k, v in service.engine.snapshot().items() if k not in ("op", "faults")}
     info = service.engine.info
     return json_response({**raw, "model": service.name, "drafter": info.get("drafter")})
 

@@ -299,7 +299,7 @@ class Jobs:
         try:
             async with asyncio.timeout(slow):
                 for index, params in enumerate(split):
-                    stream = await self.engine.submit(
+                    stream = self.engine.submit(
                         running.prompt_tokens,
                         params,
                         running.mailbox,
@@ -309,6 +309,8 @@ class Jobs:
                         detail=job.detail,
                     )
                     running.streams.append(stream)
+                for stream in running.streams:
+                    await stream.accepted
         except TimeoutError:
             raise bad_request("the grammar took too long to compile: make it simpler") from None
 

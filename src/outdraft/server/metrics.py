@@ -12,7 +12,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from outdraft.server.engine import Engine, State
-from outdraft.server.errors import public
 from outdraft.server.guard import Visit
 from outdraft.server.jobs import End, Jobs
 
@@ -99,7 +98,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
-        stats, engine = self.engine.stats, self.engine
+        stats, engine = self.engine.snapshot(), self.engine
         yield _gauge("up", "1 while the engine answers.", engine.state is State.READY)
         yield _count(
             "engine_restarts", "Times the engine's process was restarted.", engine.n_restarts
@@ -141,7 +140,7 @@ def _drafts(stats: dict[str, Any], info: dict[str, Any]) -> Iterator[Metric]:
     why = GaugeMetricFamily(
         "outdraft_spec_decode_info", "Which drafter, and why.", labels=("drafter", "reason")
     )
-    reason = public(str(info.get("draft_reason", "")))
+    reason = str(stats.get("draft_reason") or info.get("draft_reason") or "")
     why.add_metric((str(info.get("drafter") or "off"), reason), 1)
     yield why
 

@@ -52,7 +52,8 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+            scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+            scope[ABORT_KEY] = self.transport.abort
 
         def on_headers_complete(self) -> None:
             self.disarm()

@@ -28,6 +28,7 @@ def main() -> None:
     template = ChatTemplate.load(Path(order["path"]))
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    sock.sendall(pack({"ready": True}))
     while (message := receive(sock)) is not None:
         try:
             if template is None:

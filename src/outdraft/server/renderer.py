@@ -15,6 +15,7 @@ from outdraft.server.errors import ApiError, bad_request
 from outdraft.server.wire import pack, receive_async
 
 N_PROCESSES = 2
+START_S = 60.0
 
 
 class _Child:
@@ -41,13 +42,19 @@ class _Child:
             )
         self.reader, self.writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         self.writer.write(pack({"path": str(self.path)}))
+        async with asyncio.timeout(START_S):
+            if await receive_async(self.reader) is None:
+                raise ApiError(500, "the chat template of this model cannot be loaded")
 
     async def ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        if self.process is None or self.process.returncode is not None:
-            await self.start()
         assert self.reader is not None and self.writer is not None
         self.writer.write(pack(message))
         return await receive_async(self.reader)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can be asked."""
+        return self.process is not None and self.process.returncode is None
 
     async def kill(self) -> None:
         if self.writer is not None:
@@ -65,8 +72,20 @@ class Renderer:
     def __init__(self, path: Path, limit_s: float) -> None:
         self.limit_s = limit_s
         self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
+        self._starting: asyncio.Task[None] | None = None
         self._children = [_Child(path) for _ in range(N_PROCESSES)]
         for child in self._children:
+            self._idle.put_nowait(child)
+
+    def start(self) -> None:
+        """Start the processes already, for the first who ask."""
+        self._starting = asyncio.create_task(self._start())
+
+    async def _start(self) -> None:
+        children = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+        for child in children:
+            with contextlib.suppress(ApiError, OSError, TimeoutError):  # tried again when asked
+                await child.start()
             self._idle.put_nowait(child)
 
     async def render(
@@ -90,6 +109,8 @@ class Renderer:
                 "options": options or {},
                 "add_generation_prompt": add_generation_prompt,
             }
+            if not child.runs:
+                await child.start()
             async with asyncio.timeout(self.limit_s):
                 answer = await child.ask(message)
         except TimeoutError:
@@ -110,5 +131,7 @@ class Renderer:
 
     async def close(self) -> None:
         """End the processes."""
+        if self._starting is not None:
+            self._starting.cancel()
         for child in self._children:
             await child.kill()

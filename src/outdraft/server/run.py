@@ -7,10 +7,9 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import orjson
@@ -80,12 +79,23 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.drain = drain
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours while it runs; unlike uvicorn's own they are not raised again after."""
+        loop = asyncio.get_running_loop()
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sig, self.end)
+        try:
+            yield
+        finally:
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(sig)
+
+    def end(self) -> None:
         """The first signal drains; a second one ends at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self.drain()
-        super().handle_exit(sig, frame)
-        if sig == signal.SIGTERM:
-            self.force_exit = False
 
 
 def serve(
@@ -115,14 +125,12 @@ async def _serve(
     engine = Engine(model, engine_config, remark)
     service = Service.make(config.alias or name_of(model, path), path, engine, config.limits)
     app = make_app(service, access, _log if config.verbose else _no_log)
-    loop = asyncio.get_running_loop()
     tasks: list[asyncio.Task[None]] = []
 
     def drain() -> None:
         if not service.jobs.draining:
             service.jobs.draining = True
-            later = lambda: tasks.append(loop.create_task(_drain(service, config.drain_s)))  # noqa: E731
-            loop.call_soon_threadsafe(later)
+            tasks.append(asyncio.create_task(_drain(service, config.drain_s)))
 
     server = Server(
         uvicorn.Config(
@@ -142,6 +150,7 @@ async def _serve(
         drain,
     )
     engine.start()
+    service.jobs.renderer.start()
     serving = asyncio.create_task(_listen(server, config))
     loading = asyncio.create_task(engine.loaded())
     try:

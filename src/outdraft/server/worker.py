@@ -15,14 +15,17 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from outdraft.config import EngineConfig
+from outdraft.engine.embed import Pooling, embed
 from outdraft.engine.engine import LLM, completion_of
-from outdraft.engine.sequence import Sequence
+from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.errors import OutdraftError
 from outdraft.request import Logprobs, TokenEvent
 from outdraft.server.gauges import Gauges, describe
@@ -44,6 +47,16 @@ class _Live:
     n_drafted: int = 0
 
 
+@dataclass(slots=True)
+class _Embedding:
+    """Texts of one request, and the vectors of those that are done."""
+
+    name: str
+    inputs: list[list[int]]
+    pooling: Pooling
+    vectors: list[list[float]] = field(default_factory=list)
+
+
 class Worker:
     """Steps an engine and speaks for it. All but `read` runs in one thread."""
 
@@ -56,6 +69,7 @@ class Worker:
         self.gone: set[str] = set()  # aborted while being prepared
         self.preparing: set[str] = set()
         self.held: dict[str, list[list[Any]]] = {}
+        self.embeddings: deque[_Embedding] = deque()
         self.gauges = Gauges(llm)
         self._lock = threading.Lock()
         self._flushed_at = self._reported_at = 0.0
@@ -72,9 +86,10 @@ class Worker:
                 case "add":
                     self.prepare(message)
                 case "abort":
-                    self.inbox.put(lambda name=message["id"]: self.abort(name))
+                    self.inbox.put(partial(self.abort, message["id"]))
                 case "embed":
-                    self.inbox.put(lambda message=message: self.embed(message))
+                    texts = _Embedding(message["id"], message["inputs"], message["pooling"])
+                    self.inbox.put(partial(self.queue, texts))
         self.inbox.put(lambda: False)
 
     def prepare(self, message: dict[str, Any]) -> None:
@@ -88,15 +103,16 @@ class Worker:
                 draft_n_max=message["draft_n_max"],
             )
         except Exception as error:
-            refusal = _refusal(name, error)
-            self.inbox.put(lambda: self.refuse(refusal))
+            self.inbox.put(partial(self.refuse, _refusal(name, error)))
         else:
-            self.inbox.put(lambda: self.add(_Live(name, sequence, message["detail"])))
+            self.inbox.put(partial(self.add, _Live(name, sequence, message["detail"])))
 
     def run(self) -> None:
         """Steps and messages until the socket is closed."""
         while self.obey():
             self.collect(self.llm.step())
+            if self.embeddings:
+                self.embed(self.embeddings[0])
             now = time.monotonic()
             if now - self._flushed_at >= FLUSH_S:
                 self.flush(now)
@@ -105,7 +121,7 @@ class Worker:
 
     def obey(self) -> bool:
         """Do what was asked meanwhile; waits while there is no work. False to stop."""
-        while not (self.inbox.empty() and self.llm.scheduler.busy):
+        while not (self.inbox.empty() and (self.llm.scheduler.busy or self.embeddings)):
             if self.inbox.empty():  # idle
                 self.flush(time.monotonic())
                 self.report(time.monotonic())
@@ -153,14 +169,25 @@ class Worker:
             self.collect([event])
         return True
 
-    def embed(self, message: dict[str, Any]) -> bool:
-        """Embeddings of some texts, between two steps."""
-        try:
-            vectors = self.llm.embed(message["inputs"], message["pooling"])
-            self.send({"op": "embedding", "id": message["id"], "vectors": vectors.tolist()})
-        except Exception as error:
-            self.send(_refusal(message["id"], error))
+    def queue(self, texts: _Embedding) -> bool:
+        """Texts to embed, one behind each step."""
+        self.embeddings.append(texts)
         return True
+
+    def embed(self, texts: _Embedding) -> None:
+        """The next text; the answer after the last one."""
+        try:
+            tokens = tuple(texts.inputs[len(texts.vectors)])
+            check_prompt(tokens, self.llm.target.config.vocab_size, self.llm.ctx_size)
+            chunk = self.llm.config.prefill_chunk
+            texts.vectors.append(embed(self.llm.runner, tokens, texts.pooling, chunk).tolist())
+        except Exception as error:
+            self.embeddings.popleft()
+            self.send(_refusal(texts.name, error))
+        else:
+            if len(texts.vectors) == len(texts.inputs):
+                self.embeddings.popleft()
+                self.send({"op": "embedding", "id": texts.name, "vectors": texts.vectors})
 
     def collect(self, events: list[TokenEvent]) -> None:
         """Hold events back for the next message."""
