@@ -29,7 +29,9 @@ def browser() -> Iterator[Browser]:
     path = next((p for n in names if (p := shutil.which(n))), None)
     if path is None:
         script = Path(__file__).parents[2] / "scripts" / "find_browser.sh"
-        path = subprocess.run([script], check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+        path = subprocess.run(
+            [script], check=True, text=True, stdout=subprocess.PIPE
+        ).stdout.strip()
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
@@ -306,8 +308,9 @@ def test_a_server_that_is_gone_is_said_and_found_again(browser: Browser) -> None
     ended(opened)
     kept = opened.locator(".answer .tok").count()
     assert kept > 5
-    with live_server(port=first.port):
-        opened.click("#banner-retry")
+    opened.click("#banner-retry")
+    expect(opened.locator("#banner")).to_contain_text("does not answer")
+    with live_server(port=first.port):  # the page looks again by itself
         expect(opened.locator("#server-state")).to_have_text("ready")
         expect(opened.locator("#banner")).not_to_be_visible()
         assert opened.locator(".answer .tok").count() == kept
