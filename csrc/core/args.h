@@ -55,7 +55,7 @@ struct NormArgs {
 
 constexpr int64_t kMaxNormWidth = kScratchBytes / 4;
 
-// RMS norm over each head of a row, then rotation of pairs (i, i + dim / 2); written to `out`, or
+// RMS norm over each head of a row (eps < 0: none), then rotation of pairs (i, i + dim / 2); written to `out`, or
 // into pages of keys or values.
 struct HeadNormArgs {
   Matrix x;             // [rows, n_heads * dim]

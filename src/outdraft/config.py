@@ -5,7 +5,9 @@ from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
 
-SpecType = Literal["auto", "off", "gemma4-assistant", "ngram", "ngram+gemma4-assistant"]
+SpecType = Literal[
+    "auto", "off", "gemma4-assistant", "draft-model", "ngram", "ngram+gemma4-assistant"
+]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
@@ -29,7 +31,8 @@ class EngineConfig:
 
     Attributes:
         spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
-            repeats the text itself; `ngram+gemma4-assistant` does where a long match is found.
+            repeats the text itself, `ngram+gemma4-assistant` does where a long match is found;
+            `draft-model` is a smaller model of the same tokenizer, named by `assistant`.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by

@@ -14,8 +14,9 @@ import torch
 
 from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError, OutdraftError
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.layers import TargetConfig
 from outdraft.models.registry import family_of
 from outdraft.speculate.build import read_assistant_config
 from outdraft.text.chat import ChatTemplate
@@ -146,7 +147,7 @@ def _open_weights(found: Checkup) -> Checkpoint | None:
 
 def _examine_target(
     found: Checkup, raw: Mapping[str, Any], checkpoint: Checkpoint | None
-) -> Gemma4Config | None:
+) -> TargetConfig | None:
     if not raw:
         return None
     try:
@@ -156,7 +157,7 @@ def _examine_target(
     except ModelError as error:
         found.note("config", error)
         return None
-    found.shape = describe(config)
+    found.shape = family.describe(config)
     _count_memory(found, layers)
     _check_tensors(
         found,
@@ -181,7 +182,7 @@ def _examine_assistant(
     found.n_draft_default = config.n_draft_default
     head = f"ordered, {config.n_centroids} centroids" if config.ordered else "dense"
     found.shape = {
-        **describe(config.text),
+        **gemma4_config.describe(config.text),
         "target's hidden size": config.backbone_hidden_size,
         "head": head,
     }
@@ -256,7 +257,12 @@ def _read_text(found: Checkup) -> None:
     }
 
 
-def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> None:
+def _find_drafter(found: Checkup, config: TargetConfig, asked: str | None) -> None:
+    if not isinstance(config, Gemma4Config):
+        found.drafter_reason = (
+            "assistants are made for Gemma 4; give a smaller model by --assistant"
+        )
+        return
     try:
         choice = find_assistant(found.path, asked)
     except ModelError as error:
@@ -273,36 +279,6 @@ def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> No
             gemma4_assistant.check_pair(config, assistant)
         except ModelError as error:
             drafter.note("pairing", error)
-
-
-def describe(config: Gemma4Config) -> dict[str, str | int | float]:
-    """A text model's shape in the terms of its config."""
-    kinds = Counter(kind.removesuffix("_attention") for kind in config.layer_types)
-    shape: dict[str, str | int | float] = {
-        "layers": f"{config.n_layers} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
-        "hidden size": config.hidden_size,
-        "MLP": config.intermediate_size,
-        "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
-        "window": config.sliding_window,
-        "type": config.dtype,
-    }
-    for kind in dict.fromkeys(config.layer_types):
-        heads = config.attention[config.layer_types.index(kind)]
-        values = ", values made from keys" if heads.k_eq_v else ""
-        shape[f"{kind.removesuffix('_attention')} heads"] = (
-            f"{heads.n_heads} query, {heads.n_kv_heads} key/value of {heads.head_dim}{values}"
-        )
-    if config.num_kv_shared_layers:
-        shape["layers that share keys and values"] = config.num_kv_shared_layers
-    if config.ple_size:
-        shape["per-layer embedding"] = config.ple_size
-    if config.moe is not None:
-        shape["experts"] = (
-            f"{config.moe.n_experts}, {config.moe.top_k} a token, "
-            f"inner size {config.moe.intermediate_size}"
-        )
-    return shape
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -28,7 +28,8 @@ Spec = Annotated[
     SpecType,
     typer.Option(
         "--spec-type",
-        help="Which drafter: auto, off, gemma4-assistant, ngram or ngram+gemma4-assistant.",
+        help="Which drafter: auto, off, gemma4-assistant, draft-model, ngram, or "
+        "ngram+gemma4-assistant.",
     ),
 ]
 DraftMax = Annotated[

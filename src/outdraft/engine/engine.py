@@ -16,6 +16,7 @@ from outdraft import _core
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
 from outdraft.engine.costs import measure_costs
+from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
@@ -95,7 +96,7 @@ class LLM:
         path = resolve_model(model)
         self.target = load_target(path, self.config)
         set_threads(self.config.threads, compiled=isinstance(self.target.ops, CpuOps))
-        self.pairing = build_drafter(self.target, self.config)
+        self.pairing = build_drafter(self.target, self.config, TargetPass)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)

@@ -15,8 +15,10 @@ from torch import Tensor
 from outdraft.cache.memory import KVLayer
 from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.errors import ModelError
-from outdraft.models import gemma4
+from outdraft.models import gemma4, gemma4_config, ministral3
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
+from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.ministral3 import Ministral3Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
@@ -39,11 +41,12 @@ KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 class Family:
     """How to read, check and build the models of one architecture."""
 
-    read_config: Callable[[Mapping[str, Any]], Gemma4Config]
-    expected_tensors: Callable[[Gemma4Config], dict[str, ExpectedTensor]]
-    ignore_rules: Callable[[Gemma4Config], list[IgnoreRule]]
-    memory_layers: Callable[[Gemma4Config], list[KVLayer]]
-    build: Callable[[Gemma4Config, Mapping[str, Any], Ops, int], gemma4.Gemma4]
+    read_config: Callable[[Mapping[str, Any]], TargetConfig]
+    expected_tensors: Callable[[Any], dict[str, ExpectedTensor]]
+    ignore_rules: Callable[[Any], list[IgnoreRule]]
+    memory_layers: Callable[[Any], list[KVLayer]]
+    build: Callable[[Any, Mapping[str, Any], Ops, int], TargetModel]
+    describe: Callable[[Any], dict[str, str | int | float]]
     prefixes: tuple[str, ...]
 
 
@@ -53,10 +56,24 @@ GEMMA4 = Family(
     ignore_rules=gemma4.ignore_rules,
     memory_layers=gemma4.memory_layers,
     build=gemma4.Gemma4,
+    describe=gemma4_config.describe,
     prefixes=gemma4.PREFIXES,
 )
 
-TARGETS: dict[str, Family] = dict.fromkeys(TARGET_TYPES, GEMMA4)
+MINISTRAL3 = Family(
+    read_config=Ministral3Config.from_hf,
+    expected_tensors=ministral3.expected_tensors,
+    ignore_rules=ministral3.ignore_rules,
+    memory_layers=ministral3.memory_layers,
+    build=ministral3.Ministral3,
+    describe=ministral3.describe,
+    prefixes=ministral3.PREFIXES,
+)
+
+TARGETS: dict[str, Family] = {
+    **dict.fromkeys(TARGET_TYPES, GEMMA4),
+    **dict.fromkeys(ministral3.MODEL_TYPES, MINISTRAL3),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +82,8 @@ class Target:
 
     path: Path
     family: Family
-    config: Gemma4Config
-    model: gemma4.Gemma4
+    config: TargetConfig
+    model: TargetModel
     report: LoadReport
     dtype: torch.dtype
     ops: Ops
@@ -109,7 +126,7 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
 
 def choose_ops(
     config: EngineConfig,
-    model: Gemma4Config,
+    model: TargetConfig,
     *,
     stored_bits: int,
     weights: Iterable[Tensor],
@@ -127,7 +144,7 @@ def choose_ops(
     Raises:
         ModelError: the kernels were asked for and cannot run this.
     """
-    odd = [shape.head_dim for shape in model.attention if shape.head_dim % HEAD_DIM_MULTIPLE]
+    odd = [dim for dim in model.head_dims if dim % HEAD_DIM_MULTIPLE]
     if config.backend == "cpu" and (config.dtype != "auto" or odd):
         what = f"heads of {odd[0]}" if odd else f"dtype {config.dtype}"
         raise ModelError(f"backend cpu has no {what}", "use --backend reference")

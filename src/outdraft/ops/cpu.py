@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.base import Role
+from outdraft.ops.base import Activation, Role
 from outdraft.ops.kernels import Kernels
 from outdraft.ops.packed import Format, PackedLinear
 from outdraft.ops.program import Program
@@ -97,12 +97,13 @@ class CpuOps(Kernels):
         down: PackedLinear,
         ids_TA: Tensor,
         weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`. Only the experts that are hit are read, each once."""
         n_pairs, inner = ids_TA.numel(), gate_up.n // 2
         groups = self.group_pairs(ids_TA, gate_up.n_blocks)
         both = self.expert_linear(x_TK, gate_up, groups, n_pairs)
-        gated = self.gated(both[:, :inner], both[:, inner:])
+        gated = self.gated(both[:, :inner], both[:, inner:], activation)
         return self.combine(self.expert_linear(gated, down, groups, n_pairs), weights_TA)
 
     def score_blocks(
@@ -117,6 +118,6 @@ class CpuOps(Kernels):
         ids_TX = ids_CN[chosen_TA.long()].flatten(1).long()
         return logits_TV.scatter_(1, ids_TX, scores.view(n_rows, -1))
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`."""
-        return self.activate(gate_TK, up_TK, "gelu_tanh")
+        return self.activate(gate_TK, up_TK, activation)

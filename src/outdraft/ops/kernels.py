@@ -8,17 +8,16 @@ S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
+from outdraft.ops.base import Activation, AttentionRows, KvPages, PageSlots, Rotary
 from outdraft.ops.packed import PackedLinear, dtype_code, matrix, no_matrix
 from outdraft.ops.program import Program
 
-_ACTIVATIONS = {"gelu_tanh": 0, "silu": 1}
+_ACTIVATIONS: dict[Activation, int] = {"gelu_tanh": 0, "silu": 1}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,9 +163,9 @@ class Kernels:
         return y_TK
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
-        """RMS norm of each head, then rotation of pairs (i, i + D/2); [T, H, D]."""
+        """RMS norm of each head (`eps` None: none), then rotation of pairs (i, i + D/2)."""
         out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
         self._head_norm(x_THD, out_THD, None, None, None, weight_D, rotary, eps)
         return out_THD
@@ -180,16 +179,14 @@ class Kernels:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """As `norm_rope`, written into pages of keys or of values (int8 ones with their scale)."""
         assert pages_PGSD.is_contiguous() and pages_PGSD.shape[1] == x_TGD.shape[1]
         assert (scales_PGS is not None) == (pages_PGSD.dtype == torch.int8)
         self._head_norm(x_TGD, None, pages_PGSD, scales_PGS, slots, weight_D, rotary, eps)
 
-    def activate(
-        self, gate_TK: Tensor, up_TK: Tensor, activation: Literal["gelu_tanh", "silu"]
-    ) -> Tensor:
+    def activate(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up in the type of the gate."""
         out_TK = torch.empty(gate_TK.shape, dtype=gate_TK.dtype)
         _core.gated(
@@ -296,7 +293,7 @@ class Kernels:
         slots: PageSlots | None,
         weight: Tensor | None,
         rotary: Rotary | None,
-        eps: float,
+        eps: float | None,
     ) -> None:
         n_rows, n_heads, dim = x_THD.shape
         assert dim % (16 if rotary is None else 32) == 0
@@ -317,7 +314,7 @@ class Kernels:
             0 if rotary is None else rotary.cos.data_ptr(),
             0 if rotary is None else rotary.sin.data_ptr(),
             0 if rotary is None else rotary.position_T.data_ptr(),
-            eps,
+            -1.0 if eps is None else eps,
             0 if pages is None else dtype_code(pages.dtype),
             n_rows,
             n_heads,
