@@ -58,12 +58,22 @@ class DraftModelDrafter:
     name = "draft-model"
 
     def __init__(
-        self, model_pass: ModelPass, memory: Memory, n_vocab: int, *, sample_drafts: bool = True
+        self,
+        model_pass: ModelPass,
+        memory: Memory,
+        n_vocab: int,
+        n_known: int,
+        *,
+        sample_drafts: bool = True,
     ) -> None:
-        """`n_vocab` is the target's: rows of the draft model's head beyond it are padding."""
+        """`n_vocab` is the target's and `n_known` its own number of ids, padding included.
+
+        A sequence with an id that it does not know has no drafts.
+        """
         self.model_pass = model_pass
         self.memory = memory
         self.n_vocab = n_vocab
+        self.n_known = n_known
         self.sample_drafts = sample_drafts
         self.needs = Taps()
         self._read: dict[str, list[int]] = {}  # tokens whose rows are in memory
@@ -90,7 +100,11 @@ class DraftModelDrafter:
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`. Sequences that it cannot draft for have a length of 0."""
         pending = {s.id: self._rewind(s) for s in view.sequences}
-        able = [s for s in view.sequences if self._room(s.id, len(pending[s.id]), k)]
+        able = [
+            s
+            for s in view.sequences
+            if max(pending[s.id]) < self.n_known and self._room(s.id, len(pending[s.id]), k)
+        ]
         reading = [s for s in able if len(pending[s.id]) > CATCH_UP]
         if reading:
             self._run([(s.id, pending[s.id][:CATCH_UP]) for s in reading], scores=False)
@@ -238,6 +252,7 @@ def load_draft_model(
         make_pass(model, memory),
         memory,
         target.config.vocab_size,
+        model.config.vocab_size,
         sample_drafts=config.sample_drafts,
     )
 
