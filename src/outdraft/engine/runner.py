@@ -17,27 +17,26 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
+from outdraft.engine.decide import (
+    NO_DRAFTS,
+    Block,
+    admissible,
+    decide,
+    forced_block,
+    report_prompt,
+    reported,
+)
 from outdraft.engine.graphs import Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
 from outdraft.engine.sequence import Sequence
+from outdraft.engine.stats import Counters, Faults
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
 from outdraft.speculate.drafter import Draft, Drafter, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict
-
-
-@dataclass(slots=True)
-class Faults:
-    """What went wrong since the start, and was contained."""
-
-    n_drafter: int = 0
-    n_pass: int = 0
-    n_request: int = 0
-    last_drafter_error: str = ""
 
 
 @dataclass(slots=True)
@@ -72,6 +71,7 @@ class Runner:
         """Set to let draft lengths be learned; None while they are fixed."""
         self.hidden: dict[str, Tensor] = {}
         self.faults = Faults()
+        self.counters = Counters()
         self.logits_log: dict[str, list[Tensor]] | None = None
         """Set to a dict to record the logits [V] behind every emitted token, by sequence."""
 
@@ -83,6 +83,7 @@ class Runner:
         sequence.n_computed = n_cached
         if sequence.n_preempted == 0:
             sequence.n_cached = n_cached
+        self.counters.begin(sequence)
         if self.drafter is not None:
             self._drafter_call(self.drafter.open, sequence.id)
 
@@ -107,8 +108,11 @@ class Runner:
         that says `error`.
         """
         start, n_failed = time.perf_counter(), self._n_failed
-        proposal = self._propose(plan, sequences)
+        given = self._forced(plan, sequences)
+        proposal = self._propose([w for w in plan.work if w.sequence not in given], sequences)
+        proposal.blocks.update(given)
         drafted = time.perf_counter()
+        self.counters.plan(plan, sum(len(block.tokens) for block in proposal.blocks.values()))
         forward_s, events = self._run(plan.work, sequences, proposal)
         if proposal.view is not None and self.drafter is not None:
             accepted = [proposal.accepted.get(s.id, 0) for s in proposal.view.sequences]
@@ -138,12 +142,13 @@ class Runner:
         blocks = {
             s: (len(block.tokens), proposal.accepted[s])
             for s, block in proposal.blocks.items()
-            if block.tokens and s in proposal.accepted
+            if block.tokens and not block.forced and s in proposal.accepted
         }
         n_rows = sum(w.n_rows for w in plan.work)
         n_rows += sum(len(block.tokens) for block in proposal.blocks.values())
         prompts = any(w.n_rows > 1 or sequences[w.sequence].stats.n_passes < 2 for w in plan.work)
-        clean = not failed and not prompts and len(plan.work) > 0
+        forced = any(block.forced for block in proposal.blocks.values())
+        clean = not failed and not prompts and not forced and len(plan.work) > 0
         lengths.observe(decoding, StepCosts(len(decoding), n_rows, *times, blocks, clean=clean))
 
     def _run(
@@ -222,9 +227,8 @@ class Runner:
             raise _not_finite()
         if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
             probs = block.probs_KV
-            block = Block(
-                block.tokens[: n_good - 1], None if probs is None else probs[: n_good - 1]
-            )
+            probs = None if probs is None else probs[: n_good - 1]
+            block = Block(block.tokens[: n_good - 1], probs, block.forced)
         logits_RV = own.logits_RV[:n_good]
         verdict = decide(sequence, block, logits_RV, own.best)
         n_kept = work.n_rows + verdict.n_accepted
@@ -240,10 +244,22 @@ class Runner:
         message = str(error) if isinstance(error, OutdraftError) else _describe(error)
         return sequence.abort(FinishReason.ERROR, message)
 
-    def _propose(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> _Proposal:
+    def _forced(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> dict[str, Block]:
+        """Blocks of those whose grammar says how they go on; the drafter is not asked for them."""
+        blocks = {}
+        for w in plan.work:
+            try:
+                block = forced_block(sequences[w.sequence], w.n_drafts) if w.n_drafts else None
+            except Exception:  # it comes again where the request fails of it alone
+                block = None
+            if block is not None:
+                blocks[w.sequence] = block
+        return blocks
+
+    def _propose(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> _Proposal:
         """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
         nothing = _Proposal(None, {}, {})
-        work = [w for w in plan.work if w.n_drafts > 0]
+        work = [w for w in work if w.n_drafts > 0]
         if not work or self.drafter is None:
             return nothing
         try:
@@ -346,7 +362,8 @@ class Runner:
         tokens = [*block.tokens[: verdict.n_accepted], verdict.token]
         logprobs = reported(sequence, tokens, logits_RV)
         events = sequence.keep(tokens, verdict.n_accepted, logprobs)
-        sequence.stats.count(len(block.tokens), verdict.n_accepted, len(events))
+        for stats in (sequence.stats, self.counters.drafts):
+            stats.count(len(block.tokens), verdict.n_accepted, len(events), forced=block.forced)
         if self.logits_log is not None:
             self.logits_log.setdefault(sequence.id, []).extend(logits_RV[: len(events)].clone())
         return events

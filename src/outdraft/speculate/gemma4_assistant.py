@@ -23,7 +23,7 @@ from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, draws
 
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 ONE_STEP = 0  # as a number of steps: one, that the caller repeats with tokens of its own choice
 MAX_RECORDINGS = 128
@@ -43,14 +43,16 @@ class _Call:
 class _Recording:
     """A recorded round, or one step of it, for a number of sequences.
 
-    `logits_BV` are the scores of the last step; `best` has the argmax of every step.
+    `best` has the argmax of every step and `sure` what softmax gives it. `logits_BV` are the scores
+    of `ONE_STEP`; rounds keep none.
     """
 
     call: _Call
     hidden_BH: Tensor
     program: Replayable
-    logits_BV: Tensor
+    logits_BV: Tensor | None
     best: list[Tensor]
+    sure: list[Tensor]
 
 
 class Gemma4AssistantDrafter:
@@ -65,10 +67,7 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
-        # The centroid head scatters its scores, which is not recorded.
-        self.recorder: CpuOps | None = None
-        if isinstance(model.ops, CpuOps) and model.ordering_CN is None:
-            self.recorder = model.ops
+        self.recorder = model.ops if isinstance(model.ops, CpuOps) else None
         self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
@@ -100,13 +99,13 @@ class Gemma4AssistantDrafter:
         position_T = pad_rows(call.position_B, ops.row_multiple)
         carried_TH = pad_rows(hidden_BH, ops.row_multiple)
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal carried_TH
             embedded_TH = view.embed(pad_rows(newest_B, ops.row_multiple))
             normed_Th = self.model.step(embedded_TH, carried_TH, position_T, call.attend)
             carried_TH = self.model.carry(normed_Th)
             logits_BV = self.model.logits(normed_Th)[:n]
-            return logits_BV, ops.argmax(logits_BV)
+            return logits_BV, *ops.best(logits_BV)
 
         return step
 
@@ -117,18 +116,19 @@ class Gemma4AssistantDrafter:
         own = self._recording(ops, view, numbers, hidden_BH, k)
         own.program.replay()
         n = len(view.sequences)
-        tokens_BK = torch.stack(own.best, dim=1).long()
-        return Draft(tokens_BK=tokens_BK, probs=[None] * n, lengths=[k] * n)
+        tokens_BK, sure_BK = torch.stack(own.best, dim=1).long(), torch.stack(own.sure, dim=1)
+        return Draft(tokens_BK, [None] * n, [k] * n, confidence_BK=sure_BK)
 
     def _recorded_step(
         self, ops: CpuOps, view: TargetView, numbers: Tensor, hidden_BH: Tensor
     ) -> Step:
         own = self._recording(ops, view, numbers, hidden_BH, ONE_STEP)
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             own.call.token_B.copy_(newest_B)
             own.program.replay()
-            return own.logits_BV, own.best[0]
+            assert own.logits_BV is not None
+            return own.logits_BV, own.best[0], own.sure[0]
 
         return step
 
@@ -158,18 +158,24 @@ class Gemma4AssistantDrafter:
         assert isinstance(view.ops, Recordable)
         token_B, carried_BH = call.token_B, hidden_BH
         best: list[Tensor] = []
+        sure: list[Tensor] = []
+        logits_BV = None
         with recording(ops, view.ops) as program:
             for i in range(max(k, 1)):
                 embedded_BH = view.embed(token_B)
                 normed_Bh = self.model.step(embedded_BH, carried_BH, call.position_B, call.attend)
-                logits_BV = self.model.logits(normed_Bh)
-                token_B = ops.argmax(logits_BV)
+                if k == ONE_STEP:
+                    logits_BV = self.model.logits(normed_Bh)
+                    token_B, sure_B = ops.best(logits_BV)
+                else:
+                    token_B, sure_B = self.model.best(normed_Bh)
                 best.append(token_B)
+                sure.append(sure_B)
                 if i + 1 < k or k == ONE_STEP:
                     carried_BH = self.model.carry(normed_Bh)
             if k == ONE_STEP:
                 ops.copy_rows(carried_BH, hidden_BH)
-        return _Recording(call, hidden_BH, program, logits_BV, best)
+        return _Recording(call, hidden_BH, program, logits_BV, best, sure)
 
     def _numbers(self, memory: Memory, sequences: Sequence[SequenceView]) -> Tensor:
         """One query a sequence, over the keys 0 .. n - 2, which the target has verified.
