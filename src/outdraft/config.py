@@ -55,6 +55,10 @@ class EngineConfig:
             of `ctx_size` always fits.
         prefix_cache: keep keys and values for later prompts that begin alike.
         threads: CPU threads; None leaves PyTorch's choice.
+        cache_dir: where the kernels' packed weights are kept for the next start; None: nowhere.
+        cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.
+        cache_max_gb: of all files there, in 10^9 bytes; the least recently used are removed. None
+            is no limit.
 
     Raises:
         OutdraftError: a value is outside its range.
@@ -76,6 +80,9 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     threads: int | None = None
+    cache_dir: str | None = None
+    cache_min_mb: int = 0
+    cache_max_gb: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES:
@@ -91,6 +98,8 @@ class EngineConfig:
             ("prefill_chunk", 1, 2**20),
             ("kv_cache_tokens", 1, 2**40),
             ("threads", 1, 4096),
+            ("cache_min_mb", 0, 2**40),
+            ("cache_max_gb", 0, 2**40),
         ):
             number = getattr(self, name)
             if number is not None and not low <= number <= high:

@@ -79,9 +79,9 @@ def test_a_stale_row_after_a_rejection_fails_the_greedy_rung(
 ) -> None:
     keep = Runner._keep_rows
 
-    def forgetful(self: Runner, sequence: Any, rows_H: Tensor, n_kept: int) -> None:
-        keep(self, sequence, rows_H, n_kept)
-        if rows_H.shape[0] > n_kept:  # the next row is written one slot too far
+    def forgetful(self: Runner, sequence: Any, n_rows: int, n_kept: int) -> None:
+        keep(self, sequence, n_rows, n_kept)
+        if n_rows > n_kept:  # the next row is written one slot too far
             store = next(iter(self.memory.groups["full_attention"].layers.values()))
             store.k_PGSD.copy_(store.k_PGSD.roll(1, dims=2))
 

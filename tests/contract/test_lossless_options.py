@@ -125,7 +125,7 @@ def verify_with(
                 decision, "uniform", lambda _, at, why, *_start: numbers[why][at - len(tokens)]
             )
             block = decision.Block(ids_K.tolist(), q_KV if len(ids_K) else None)
-            verdict = decision.decide(sequence, block, logits_RV, torch.empty(0))
+            verdict = decision.decide(sequence, block, logits_RV, [])
         assert state.tokens == tokens or make is not SamplerState
         return verdict
 

@@ -17,7 +17,7 @@ from outdraft.ops.reference import pad_rows
 from outdraft.request import Logprobs
 from outdraft.sampling.logits import candidates, distribution, greedy, logprobs
 from outdraft.sampling.sampler import Purpose, sample, uniform
-from outdraft.speculate.verify import Verdict, verify_block, verify_greedy, verify_own
+from outdraft.speculate.verify import Verdict, verify_block, verify_own
 
 
 @dataclass(slots=True)
@@ -59,21 +59,21 @@ def admissible(sequence: Sequence, block: Block) -> Block:
     return Block(block.tokens[: n + 1], block.probs_KV[: n + 1])
 
 
-def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best_R: Tensor) -> Verdict:
+def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int]) -> Verdict:
     """Verify a block. The sequence's sampler is left as it was; `Sequence.keep` advances it.
 
     Args:
         sequence: as it was when the block was drafted.
         block: its drafts.
         logits_RV: fp32, of the newest committed token and of every draft.
-        best_R: int32, the lowest id of the largest logit of each row.
+        best: the lowest id of the largest logit of each row.
 
     Raises:
         OutdraftError: this sequence cannot go on (a grammar without fuel, no token left).
     """
     params = sequence.request.params
     if params.greedy and sequence.sampler is None:
-        return verify_greedy(torch.tensor(block.tokens, dtype=torch.int64), best_R)
+        return verify_own(block.tokens, best.__getitem__)
     rows = _Rows(sequence, block, logits_RV)
     state = sequence.sampler
     if state is not None:

@@ -48,6 +48,17 @@ class _Proposal:
     accepted: dict[str, int]
 
 
+@dataclass(slots=True)
+class _Rows:
+    """One sequence's part of a pass: where its rows are, the best id of the scored ones."""
+
+    start: int
+    n_rows: int
+    best: list[int]
+    hidden_TH: Tensor  # of the whole pass
+    logits_RV: Tensor
+
+
 class Runner:
     """Runs steps of one target, with or without a drafter."""
 
@@ -136,12 +147,9 @@ class Runner:
         n_rows = sum(w.n_rows for w in plan.work)
         n_rows += sum(len(block.tokens) for block in proposal.blocks.values())
         prompts = any(w.n_rows > 1 or sequences[w.sequence].stats.n_passes < 2 for w in plan.work)
-        depth = max((w.n_drafts for w in plan.work), default=0)
         forced = any(block.forced for block in proposal.blocks.values())
         clean = not failed and not prompts and not forced and len(plan.work) > 0
-        lengths.observe(
-            decoding, StepCosts(len(decoding), n_rows, depth, *times, blocks, clean=clean)
-        )
+        lengths.observe(decoding, StepCosts(len(decoding), n_rows, *times, blocks, clean=clean))
 
     def _run(
         self, work: Seq[Work], sequences: Mapping[str, Sequence], proposal: _Proposal
@@ -165,51 +173,70 @@ class Runner:
                 return self._run(work, sequences, proposal)
             return 0.0, [self._fail(sequence, error)]
         forward_s = time.perf_counter() - start
+        return forward_s, self._finish_all(work, sequences, done, proposal)
+
+    def _finish_all(
+        self, work: Seq[Work], sequences: Mapping[str, Sequence], done: Pass, proposal: _Proposal
+    ) -> list[TokenEvent]:
+        """What follows a pass, for one sequence after another."""
+        best = done.best_R.tolist()
         events: list[TokenEvent] = []
+        newest: dict[str, int] = {}  # the row of each sequence's newest token in memory
         row = scored = 0
         for w in work:
             sequence = sequences[w.sequence]
-            n_rows = w.n_rows + len(proposal.blocks.get(w.sequence, NO_DRAFTS).tokens)
+            block = proposal.blocks.get(w.sequence, NO_DRAFTS)
+            n_rows = w.n_rows + len(block.tokens)
             n_scored = n_rows - w.n_rows + 1 if w.n_rows == sequence.n_pending else 0
-            rows_H = done.hidden_TH[row : row + n_rows]
             scores = slice(scored, scored + n_scored)
+            own = _Rows(row, n_rows, best[scores], done.hidden_TH, done.logits_RV[scores])
             row, scored = row + n_rows, scored + n_scored
             n_tokens = len(sequence.tokens)
             try:
-                own = Pass(rows_H, done.logits_RV[scores], done.best_R[scores])
-                events += self._finish(sequence, w, own, proposal)
+                n_kept = self._finish(sequence, w, own, proposal, events)
+                newest[sequence.id] = own.start + n_kept - 1
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
-        return forward_s, events
+        if self.drafter is not None and self.drafter.needs.final_hidden and newest:
+            kept_BH = done.hidden_TH[list(newest.values())]
+            self.hidden.update(zip(newest, kept_BH.unbind(), strict=True))
+        return events
 
     def _finish(
-        self, sequence: Sequence, work: Work, own: Pass, proposal: _Proposal
-    ) -> list[TokenEvent]:
-        """What follows the pass for one sequence, of whose rows `own` is the part."""
-        self.memory.advance(sequence.id, own.hidden_TH.shape[0])
-        report_prompt(self.target, sequence, own.hidden_TH)
+        self,
+        sequence: Sequence,
+        work: Work,
+        own: "_Rows",
+        proposal: _Proposal,
+        events: list[TokenEvent],
+    ) -> int:
+        """What follows the pass for one sequence; how many of its rows stay in memory."""
+        self.memory.advance(sequence.id, own.n_rows)
+        if sequence.request.params.prompt_logprobs is not None:
+            report_prompt(self.target, sequence, own.hidden_TH[own.start :][: own.n_rows])
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
-            if not bool(torch.isfinite(own.hidden_TH).all()):
+            if not bool(torch.isfinite(own.hidden_TH[own.start :][: own.n_rows]).all()):
                 raise _not_finite()
-            self._keep_rows(sequence, own.hidden_TH, work.n_rows)
+            self._keep_rows(sequence, own.n_rows, work.n_rows)
             self._settle(sequence)
-            return []
+            return work.n_rows
         block = proposal.blocks.get(sequence.id, NO_DRAFTS)
-        n_good = _n_finite(own)
+        n_good = own.best.index(-1) if -1 in own.best else len(own.best)
         if n_good == 0:
             raise _not_finite()
         if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
             probs = block.probs_KV
             probs = None if probs is None else probs[: n_good - 1]
             block = Block(block.tokens[: n_good - 1], probs, block.forced)
-        logits_RV, best_R = own.logits_RV[:n_good], own.best_R[:n_good]
-        verdict = decide(sequence, block, logits_RV, best_R)
-        self._keep_rows(sequence, own.hidden_TH, work.n_rows + verdict.n_accepted)
+        logits_RV = own.logits_RV[:n_good]
+        verdict = decide(sequence, block, logits_RV, own.best)
+        n_kept = work.n_rows + verdict.n_accepted
+        self._keep_rows(sequence, own.n_rows, n_kept)
         proposal.accepted[sequence.id] = verdict.n_accepted
-        events = self._commit(sequence, block, verdict, logits_RV)
+        events += self._commit(sequence, block, verdict, logits_RV)
         self._settle(sequence)
-        return events
+        return n_kept
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         """End a request that caused an exception. Its memory is released when it is closed."""
@@ -318,11 +345,11 @@ class Runner:
             self.memory.reserve(w.sequence, len(tokens) - first)
         return self.target_pass.run(tokens, spans, wanted)
 
-    def _keep_rows(self, sequence: Sequence, rows_H: Tensor, n_kept: int) -> None:
+    def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""
-        self.memory.rollback(sequence.id, rows_H.shape[0] - n_kept)
+        if n_kept < n_rows:
+            self.memory.rollback(sequence.id, n_rows - n_kept)
         sequence.n_computed += n_kept
-        self.hidden[sequence.id] = rows_H[n_kept - 1].clone()
 
     def _settle(self, sequence: Sequence) -> None:
         """Share pages of committed tokens with later requests, then free what is out of sight."""
@@ -360,13 +387,6 @@ class Runner:
             sequence.times.draft_s += drafted - start
             sequence.times.forward_s += forwarded - drafted
             sequence.times.rest_s += end - forwarded
-
-
-def _n_finite(own: Pass) -> int:
-    """How many rows, from the front, have a finite best logit."""
-    best_R = own.logits_RV.gather(-1, own.best_R[:, None].long())[:, 0]
-    finite_R = torch.isfinite(best_R)
-    return len(finite_R) if bool(finite_R.all()) else finite_R.tolist().index(False)
 
 
 def _not_finite() -> OutdraftError:

@@ -141,7 +141,11 @@ class Scheduler:
         except Exception:  # choosing a length must not cost a request
             self.stats.n_draft_length_failures += 1
             wanted = [0] * len(decoding)
-        return {s.id: max(0, min(n, s.draft_room)) for s, n in zip(decoding, wanted, strict=True)}
+        return {
+            s.id: max(0, min(n, s.draft_room, self.n_draft_max if cap is None else cap))
+            for s, n in zip(decoding, wanted, strict=True)
+            for cap in (s.request.draft_n_max,)
+        }
 
     def _chunks(self, n_decode_rows: int) -> dict[str, int]:
         """Rows of prompts. At least a quarter of the budget is theirs, however many decode."""

@@ -4,7 +4,8 @@ Adding a family means adding a file beside this one and a line to `TARGETS`. Not
 (speculate/build.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,20 @@ from outdraft.models.ministral3 import Ministral3Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
+from outdraft.ops.stored import pack_stored
+from outdraft.ops.threads import set_threads
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.int4 import int4_scheme
 from outdraft.weights.load import ExpectedTensor, IgnoreRule, LoadReport, Weights, open_tensors
+from outdraft.weights.loading import Loading
+from outdraft.weights.packed_cache import (
+    CacheFile,
+    PackedCache,
+    estimated_bytes,
+    packer,
+    packing_key,
+)
 from outdraft.weights.quantise import is_int8_channel
 
 DTYPES = {
@@ -161,8 +172,11 @@ def choose_ops(
     return ReferenceOps() if rows_are_independent(matrices) else ReferenceOps(tile=1)
 
 
-def load_target(path: Path, engine: EngineConfig) -> Target:
+def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None) -> Target:
     """Read a target from a Hugging Face directory.
+
+    Args:
+        loading: told how far it is.
 
     Raises:
         ModelError: the directory, its config or its tensors cannot be used; the message says why.
@@ -181,10 +195,52 @@ def load_target(path: Path, engine: EngineConfig) -> Target:
         dtype=torch_dtype,
     )
     ops = choose_ops(engine, config, stored_bits=bits, weights=weights.matrices())
-    weights.stored = isinstance(ops, CpuOps)
+    set_threads(engine.threads, compiled=isinstance(ops, CpuOps))
     n_positions = min(config.max_position_embeddings, engine.ctx_size or DEFAULT_CTX_SIZE)
-    model = family.build(config, weights, ops, n_positions)
+    with packing(ops, weights, raw, engine, loading):
+        model = family.build(config, weights, ops, n_positions)
     return Target(path, family, config, model, report, torch_dtype, ops, n_positions)
+
+
+@contextmanager
+def packing(
+    ops: Ops,
+    weights: Weights,
+    raw: Mapping[str, Any],
+    engine: EngineConfig,
+    loading: Loading | None = None,
+) -> Iterator[None]:
+    """While it lasts, `ops` packs these weights, from the cache or into it if there is one.
+
+    Args:
+        raw: the model's config.json.
+    """
+    weights.stored = isinstance(ops, CpuOps)
+    if not isinstance(ops, CpuOps):
+        yield
+        return
+    file, cache = None, packed_cache(engine)
+    if cache is not None:
+        key = packing_key(weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype)
+        file = CacheFile(cache, key, estimated_bytes(weights.n_params, ops.format))
+    loading = loading or Loading()
+    try:
+        with packer(weights.checkpoint, weights.n_bytes, file, loading) as ops.packer:
+            yield
+    finally:
+        ops.packer = pack_stored
+
+
+def packed_cache(engine: EngineConfig) -> PackedCache | None:
+    """Where packed weights are kept, if anywhere."""
+    if engine.cache_dir is None:
+        return None
+    limit = engine.cache_max_gb
+    return PackedCache(
+        Path(engine.cache_dir).expanduser(),
+        min_bytes=engine.cache_min_mb * 10**6,
+        max_bytes=None if limit is None else limit * 10**9,
+    )
 
 
 def open_weights(

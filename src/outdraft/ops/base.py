@@ -220,10 +220,20 @@ class Ops(Protocol):
         """fp32 scores [T, V] of the tokens in each row's chosen blocks, -inf elsewhere."""
         ...
 
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: Weight, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`best` of `score_blocks`, without the scores."""
+        ...
+
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
         """tanh(logits / cap) * cap of fp32 logits; may be done in place."""
         ...
 
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """int32 id of each row's largest fp32 logit, the lowest of equals."""
+        ...
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """`argmax` of each row, and what softmax over its fp32 logits gives it: int32, fp32 [T]."""
         ...

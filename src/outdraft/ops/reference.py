@@ -261,6 +261,21 @@ class ReferenceOps:
         """See `Ops.argmax`."""
         return torch.argmax(logits_TV, dim=-1).int()  # documented to return the first maximum
 
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops.best`."""
+        return self.argmax(logits_TV), probability_of_largest(logits_TV)
+
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: Tensor, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.best_of_blocks`."""
+        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
+
+
+def probability_of_largest(logits_TV: Tensor) -> Tensor:
+    """What softmax gives the largest of each row, [T]."""
+    return 1 / torch.exp(logits_TV - logits_TV.amax(dim=-1, keepdim=True)).sum(dim=-1)
+
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
     """x with zero rows appended until their number is a multiple."""

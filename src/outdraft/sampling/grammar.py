@@ -28,7 +28,7 @@ KEPT_BYTES = 32 * 2**20
 LIMITS: dict[str, Any] = {"verbose_errors": False, "max_lexer_states": 50_000}
 """Of llguidance, which sets the fuel itself. A lexer's state takes some hundred bytes."""
 
-JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON on one line, as Python's `json.dumps` writes it: no text is spaces without end, and what
 stands between values is known without the model."""
 

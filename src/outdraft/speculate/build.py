@@ -10,8 +10,7 @@ from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
-from outdraft.models.registry import TARGETS, Target, choose_ops, open_weights
-from outdraft.ops.cpu import CpuOps
+from outdraft.models.registry import TARGETS, Target, choose_ops, open_weights, packing
 from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.draft_model import ModelPass, load_draft_model
 from outdraft.speculate.drafter import Drafter
@@ -20,6 +19,7 @@ from outdraft.speculate.ngram import NgramDrafter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config, read_json
 from outdraft.weights.find import find_assistant, resolve_model
+from outdraft.weights.loading import Loading
 
 MODEL_DRAFTS = 4  # of a draft model, where --spec-draft-n-max is not given
 NGRAM_DRAFTS = 8  # the most a step where --spec-draft-n-max is not given
@@ -36,7 +36,10 @@ class Pairing:
 
 
 def build_drafter(
-    target: Target, config: EngineConfig, make_pass: Callable[[Target, Memory], ModelPass]
+    target: Target,
+    config: EngineConfig,
+    make_pass: Callable[[Target, Memory], ModelPass],
+    loading: Loading | None = None,
 ) -> Pairing:
     """Find, check and load the drafter.
 
@@ -62,7 +65,7 @@ def build_drafter(
         path = resolve_model(config.assistant)
         if read_config(path).get("model_type") in TARGETS:
             n_max = _first(config.draft_n, config.draft_n_max, MODEL_DRAFTS)
-            model = load_draft_model(target, path, config, make_pass, n_max)
+            model = load_draft_model(target, path, config, make_pass, n_max, loading)
             return Pairing(model, f"{model.name}: named by you", path, n_max)
     if config.spec_type == "draft-model":
         raise PairingError(
@@ -85,7 +88,7 @@ def build_drafter(
             )
         return Pairing(None, f"drafting is off: {choice.reason}")
     try:
-        return _load_assistant(target, choice.path, choice.reason, config)
+        return _load_assistant(target, choice.path, choice.reason, config, loading)
     except ModelError as error:
         if asked:
             raise
@@ -109,14 +112,16 @@ def read_assistant_config(path: Path) -> AssistantConfig:
     return AssistantConfig.from_hf(raw, extra)
 
 
-def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfig) -> Pairing:
-    assistant = read_assistant_config(path)
+def _load_assistant(
+    target: Target, path: Path, reason: str, config: EngineConfig, loading: Loading | None
+) -> Pairing:
+    raw, assistant = read_config(path), read_assistant_config(path)
     own = target.config
     assert isinstance(own, Gemma4Config)
     gemma4_assistant.check_pair(own, assistant)
     weights, _, bits = open_weights(
         Checkpoint.open(path),
-        read_config(path),
+        raw,
         gemma4_assistant.expected_tensors(assistant),
         gemma4_assistant.ignore_rules(assistant),
         prefixes=gemma4_assistant.PREFIXES,
@@ -125,8 +130,8 @@ def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfi
     ops = choose_ops(
         config, assistant.text, stored_bits=bits, weights=weights.matrices(), drafter=True
     )
-    weights.stored = isinstance(ops, CpuOps)
-    model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
+    with packing(ops, weights, raw, config, loading):
+        model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
     kv_layers: dict[str, int] = {
         kind: own.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
     }
