@@ -63,7 +63,7 @@ class CausalCall:
         for group in memory.groups:
             memory.add_slots(numbers, group, spans)
             memory.add_causal_rows(numbers, group, spans)
-        flat, (token_T, position_T, *parts) = numbers.build()
+        flat, (token_T, position_T, *parts) = numbers.build(memory.device)
         slots, rows = {}, {}
         for i, group in enumerate(memory.groups):
             own = parts[7 * i : 7 * i + 7]

@@ -8,13 +8,20 @@ import torch
 from outdraft.ops.base import PAGE_SLOTS, KvPages
 
 
-def empty_pages(n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KvPages:
+def empty_pages(
+    n_pages: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> KvPages:
     """Pages of zeros; int8 ones with scales, fp32 [P, G, S]."""
     shape = (n_pages, n_kv_heads, PAGE_SLOTS, head_dim)
-    k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
         return KvPages(k, v)
-    return KvPages(k, v, torch.zeros(shape[:3]), torch.zeros(shape[:3]))
+    k_scales, v_scales = (torch.zeros(shape[:3], device=device) for _ in range(2))
+    return KvPages(k, v, k_scales, v_scales)
 
 
 def clear_pages(store: KvPages, pages: list[int]) -> None:
@@ -23,7 +30,7 @@ def clear_pages(store: KvPages, pages: list[int]) -> None:
     The weight of an unseen key is an exact zero, and zero times an infinity that another request
     left behind would not be.
     """
-    index = torch.tensor(pages)
+    index = torch.tensor(pages, device=store.k_PGSD.device)
     for part in (store.k_PGSD, store.v_PGSD, store.k_scales_PGS, store.v_scales_PGS):
         if part is not None:
             part[index] = 0

@@ -22,9 +22,9 @@ class Numbers:
         assert math.prod(self.shapes[-1]) == len(values)
         self.values += values
 
-    def build(self) -> tuple[Tensor, list[Tensor]]:
+    def build(self, device: torch.device | None = None) -> tuple[Tensor, list[Tensor]]:
         """All numbers in one int32 tensor, and a view of it for each part."""
-        flat = torch.tensor(self.values, dtype=torch.int32)
+        flat = torch.tensor(self.values, dtype=torch.int32, device=device)
         parts, start = [], 0
         for shape in self.shapes:
             end = start + math.prod(shape)

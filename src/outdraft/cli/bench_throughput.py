@@ -39,6 +39,7 @@ def bench_throughput(
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and lengths.")] = 0,
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
@@ -53,6 +54,7 @@ def bench_throughput(
     config = EngineConfig(
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
+        device=device,
         backend=backend,
         dtype=dtype,
         quant=quant,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from outdraft import _core
-from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
 from outdraft.engine.costs import measure_costs
+from outdraft.engine.fit import build_memory
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
@@ -23,7 +23,7 @@ from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
-from outdraft.ops.cpu import CpuOps
+from outdraft.ops.base import Ops
 from outdraft.ops.reference import ReferenceOps
 from outdraft.request import FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
@@ -93,23 +93,14 @@ class LLM:
         self.config = config or EngineConfig()
         path = resolve_model(model)
         self.target = load_target(path, self.config)
-        set_threads(self.config.threads, compiled=isinstance(self.target.ops, CpuOps))
+        set_threads(self.config.threads, compiled=is_compiled(self.target.ops))
         self.pairing = build_drafter(self.target, self.config)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
         self.ctx_size = self.target.ctx_size
-        family = self.target.family
-        self.memory = Memory(
-            family.memory_layers(self.target.config),
-            max_sequences=self.config.max_sequences,
-            max_tokens=self.ctx_size,
-            max_rows=max(self.config.prefill_chunk, self.pairing.n_draft_max + 1),
-            dtype=self.target.ops.kv_dtype,
-            pool_tokens=self.config.kv_cache_tokens
-            or min(4, self.config.max_sequences) * self.ctx_size,
-            prefix_cache=self.config.prefix_cache,
-        )
+        max_rows = max(self.config.prefill_chunk, self.pairing.n_draft_max + 1)
+        self.memory = build_memory(self.target, self.config, max_rows)
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
         self.scheduler = Scheduler(
             books=self.memory.books,
@@ -366,6 +357,11 @@ def set_threads(n_threads: int | None, *, compiled: bool) -> None:
     n_threads = n_threads or max(torch.get_num_threads(), _core.threads())
     torch.set_num_threads(1 if compiled else n_threads)
     _core.set_threads(n_threads if compiled else 1)
+
+
+def is_compiled(ops: Ops) -> bool:
+    """Whether the compiled CPU kernels do the work."""
+    return ops.device.type == "cpu" and not isinstance(ops, ReferenceOps)
 
 
 def _each(params: SamplingParams) -> list[SamplingParams]:

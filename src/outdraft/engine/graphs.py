@@ -16,7 +16,7 @@ from torch import Tensor
 from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.registry import Target
-from outdraft.ops.record import Recordable, Replayable, recording
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
 MAX_RECORDED_ROWS = 64
@@ -27,8 +27,8 @@ MAX_RECORDINGS = 64
 class Pass:
     """What a pass gave: final hidden states of all rows, and scores of the rows that matter.
 
-    `best_R` is int32, the lowest id of the largest fp32 logits. The tensors of a recorded pass are
-    overwritten by the next one.
+    `best_R` is int32 and on the CPU, the lowest id of the largest fp32 logits, -1 where that is not
+    finite. The tensors of a recorded pass are overwritten by the next one.
     """
 
     hidden_TH: Tensor
@@ -38,11 +38,13 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A recorded pass, all of whose rows have logits."""
+    """A recorded pass, all of whose rows have logits; finite or not, `best_T` may be unchecked."""
 
     call: CausalCall
     program: Replayable
-    result: Pass
+    hidden_TH: Tensor
+    logits_TV: Tensor
+    best_T: Tensor
 
 
 class TargetPass:
@@ -72,9 +74,10 @@ class TargetPass:
         )
         if not wanted:
             return Pass(hidden_TH, torch.empty(0, 0), torch.empty(0, dtype=torch.int32))
-        chosen_RH = pad_rows(hidden_TH[torch.tensor(wanted)], multiple)
-        logits_RV = self.model.logits(chosen_RH)[: len(wanted)]
-        return Pass(hidden_TH, logits_RV, self.ops.argmax(logits_RV))
+        index = torch.tensor(wanted, device=hidden_TH.device)
+        logits_RV = self.model.logits(pad_rows(hidden_TH[index], multiple))[: len(wanted)]
+        best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
+        return Pass(hidden_TH, logits_RV, best_R.cpu())
 
     def _replay(self, recorder: Recordable, call: CausalCall, n_sequences: int) -> Pass:
         key = (call.token_T.shape[0], n_sequences)
@@ -86,12 +89,27 @@ class TargetPass:
         recorded = self.recordings[key]
         recorded.call.numbers.copy_(call.numbers)
         recorded.program.replay()
-        return recorded.result
+        best_T = recorded.best_T
+        if not recorder.records_all:
+            best_T = finite_or_none(recorded.logits_TV, best_T)
+        return Pass(recorded.hidden_TH, recorded.logits_TV, best_T.cpu())
 
     def _record(self, recorder: Recordable, call: CausalCall) -> _Recording:
         """Over the tensors of this call, which later ones are copied into."""
-        with recording(recorder) as program:
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
             hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             logits_TV = self.model.logits(hidden_TH)
             best_T = self.ops.argmax(logits_TV)
-        return _Recording(call, program, Pass(hidden_TH, logits_TV, best_T))
+            if recorder.records_all:
+                best_T = finite_or_none(logits_TV, best_T)
+            return hidden_TH, logits_TV, best_T
+
+        program, results = record(run, recorder)
+        return _Recording(call, program, *results)
+
+
+def finite_or_none(logits_RV: Tensor, best_R: Tensor) -> Tensor:
+    """The best ids, -1 where their logit is not finite."""
+    best_logit_R = logits_RV.gather(-1, best_R[:, None].long())[:, 0]
+    return torch.where(torch.isfinite(best_logit_R), best_R, -1)

@@ -347,8 +347,7 @@ class Runner:
 
 def _n_finite(own: Pass) -> int:
     """How many rows, from the front, have a finite best logit."""
-    best_R = own.logits_RV.gather(-1, own.best_R[:, None].long())[:, 0]
-    finite_R = torch.isfinite(best_R)
+    finite_R = own.best_R >= 0
     return len(finite_R) if bool(finite_R.all()) else finite_R.tolist().index(False)
 
 

@@ -208,6 +208,7 @@ class Gemma4:
                     config.rope[kind].theta,
                     config.rope[kind].partial_rotary_factor,
                 ),
+                ops.device,
             )
             for kind in dict.fromkeys(config.layer_types)
         }

@@ -9,7 +9,7 @@ from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig
 from outdraft.models.registry import Target, choose_ops, open_weights
-from outdraft.ops.cpu import CpuOps
+from outdraft.ops.reference import ReferenceOps
 from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
@@ -97,7 +97,7 @@ def _load_assistant(target: Target, path: Path, reason: str, config: EngineConfi
     ops = choose_ops(
         config, assistant.text, stored_bits=bits, weights=weights.matrices(), drafter=True
     )
-    weights.stored = isinstance(ops, CpuOps)
+    weights.stored, weights.device = not isinstance(ops, ReferenceOps), ops.device
     model = Gemma4Assistant(assistant, weights, ops, target.ctx_size)
     kv_layers: dict[str, int] = {
         kind: target.config.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)

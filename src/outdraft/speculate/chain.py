@@ -37,12 +37,12 @@ def draft_chain(
     tokens: list[Tensor] = []
     for i in range(k):
         logits_BV, best_B = step(newest_B)
-        newest_B = best_B.clone()
+        newest_B = best_B.to("cpu", copy=True)
         if sample_drafts:
             for b, sequence in enumerate(sequences):
                 if not draws(sequence.params):
                     continue
-                q_V = distribution(logits_BV[b : b + 1], sequence.params)[0]
+                q_V = distribution(logits_BV[b : b + 1].cpu(), sequence.params)[0]
                 u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT)
                 newest_B[b] = sample(q_V, u)
                 probs[b].append(q_V)

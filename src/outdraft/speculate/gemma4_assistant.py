@@ -17,8 +17,7 @@ from outdraft.cache.memory import Memory, Span
 from outdraft.cache.numbers import Numbers
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import AttentionRows
-from outdraft.ops.cpu import CpuOps
-from outdraft.ops.record import Recordable, Replayable, recording
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, draws
@@ -65,10 +64,11 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
-        # The centroid head scatters its scores, which is not recorded.
-        self.recorder: CpuOps | None = None
-        if isinstance(model.ops, CpuOps) and model.ordering_CN is None:
-            self.recorder = model.ops
+        self.recorder: Recordable | None = None
+        # The centroid head scatters its scores, with an operation of PyTorch's.
+        ops = model.ops
+        if isinstance(ops, Recordable) and (model.ordering_CN is None or ops.records_all):
+            self.recorder = ops
         self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
@@ -111,17 +111,17 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recorded_round(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
     ) -> Draft:
         """All k steps of most probable tokens in one replay."""
         own = self._recording(ops, view, call, hidden_BH, k)
         own.program.replay()
         n = len(view.sequences)
-        tokens_BK = torch.stack(own.best, dim=1).long()
+        tokens_BK = torch.stack(own.best, dim=1).long().cpu()
         return Draft(tokens_BK=tokens_BK, probs=[None] * n, lengths=[k] * n)
 
     def _recorded_step(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor
+        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor
     ) -> Step:
         own = self._recording(ops, view, call, hidden_BH, ONE_STEP)
 
@@ -133,7 +133,7 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recording(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """That of this many sequences and steps, holding what the round begins with."""
         key = (len(view.sequences), k)
@@ -148,26 +148,30 @@ class Gemma4AssistantDrafter:
         return own
 
     def _record(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """k steps, the argmax of each embedded by the next.
 
         With `ONE_STEP` the carried state is left in `hidden_BH`, where the next replay reads it.
         """
         assert isinstance(view.ops, Recordable)
-        token_B, carried_BH = call.token_B, hidden_BH
-        best: list[Tensor] = []
-        with recording(ops, view.ops) as program:
+
+        def steps() -> tuple[Tensor, list[Tensor]]:
+            token_B, carried_BH = call.token_B, hidden_BH
+            best: list[Tensor] = []
             for i in range(max(k, 1)):
                 embedded_BH = view.embed(token_B)
                 normed_Bh = self.model.step(embedded_BH, carried_BH, call.position_B, call.attend)
                 logits_BV = self.model.logits(normed_Bh)
-                token_B = ops.argmax(logits_BV)
+                token_B = self.model.ops.argmax(logits_BV)
                 best.append(token_B)
                 if i + 1 < k or k == ONE_STEP:
                     carried_BH = self.model.carry(normed_Bh)
             if k == ONE_STEP:
                 ops.copy_rows(carried_BH, hidden_BH)
+            return logits_BV, best
+
+        program, (logits_BV, best) = record(steps, ops, view.ops)
         return _Recording(call, hidden_BH, program, logits_BV, best)
 
     def _prepare(self, memory: Memory, sequences: Sequence[SequenceView]) -> "_Call":
@@ -179,7 +183,7 @@ class Gemma4AssistantDrafter:
         numbers.add([sequence.n - 1 for sequence in sequences])
         for kind in own_kinds:
             add_visible_rows(numbers, memory, kind, sequences)
-        flat, (token_B, position_B, *parts) = numbers.build()
+        flat, (token_B, position_B, *parts) = numbers.build(memory.device)
         rows = {k: AttentionRows.of(parts[5 * i : 5 * i + 5]) for i, k in enumerate(own_kinds)}
         stores = [memory.groups[kind].layers[self.kv_layers[kind]] for kind in kinds]
         attend = ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])

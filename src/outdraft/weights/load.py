@@ -90,7 +90,8 @@ class _Plan:
 class Weights(Mapping[str, torch.Tensor | StoredWeight]):
     """The tensors of a checkpoint by canonical name; each is read when it is asked for.
 
-    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows.
+    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows. The rest
+    is put on `device`.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
         self._expected = expected
         self._dtype = dtype
         self.stored = stored
+        self.device: torch.device | None = None
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._expected if name in self._plan)
@@ -122,7 +124,7 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
             weight = self._stored(name, wanted.shape)
             return weight if self.stored else weight.floats()
         tensor = self._plan.checkpoint.get(self._plan.sources[name])
-        return tensor.to(wanted.dtype or self._dtype)
+        return tensor.to(device=self.device, dtype=wanted.dtype or self._dtype)
 
     def matrices(self) -> Iterator[torch.Tensor]:
         """A random tensor for each shape of a matrix, one at a time."""

@@ -1,0 +1,178 @@
+"""Measures how each linear of the published shapes is best cut on this GPU; prints cuts.py's table.
+
+`gpu_tune.py compile I N` compiles the I-th of N parts of what will be measured, so that N processes
+can do it side by side; `gpu_tune.py measure OUT.json [SHAPE:QUANT …]` measures.
+"""
+
+import json
+import sys
+from dataclasses import astuple, replace
+from itertools import product
+from statistics import median
+
+import torch
+
+from outdraft.bench.shapes import find_shape
+from outdraft.device import has_dependent_launch
+from outdraft.models import gemma4, gemma4_assistant
+from outdraft.ops.cuda.cuts import Cut
+from outdraft.ops.cuda.ops import CudaOps
+from outdraft.ops.cuda.weights import CudaWeight, empty_weight
+
+DEVICE = torch.device("cuda")
+ROWS = 4
+COLD_BYTES = 300 << 20
+WANTED = ["gemma-4-31b:bf16", "gemma-4-e4b:bf16", "gemma-4-26b-a4b:bf16", "gemma-4-31b:w4",
+          "gemma-4-31b:w8"]  # fmt: skip
+
+
+class Shapes(CudaOps):
+    """Notes what is packed."""
+
+    def pack(self, weight, role="linear"):
+        if weight.ndim == 2:
+            SEEN.setdefault((*weight.shape, self.stored_as(role)))
+        return CudaWeight(torch.empty(0), None, 16, tuple(weight.shape))
+
+    def pack_blocks(self, weight_VK, ids_CN):
+        return None
+
+
+SEEN: dict = {}
+
+
+def placeholders(expected):
+    made = {}
+    for name, tensor in expected.items():
+        if tensor.dtype is not None:
+            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
+        elif len(tensor.shape) == 1:
+            made[name] = torch.ones(tensor.shape)
+        else:
+            made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+    return made
+
+
+def shapes_of(asked):
+    SEEN.clear()
+    for one in asked:
+        name, _, quant = one.partition(":")
+        shape = find_shape(name)
+        gemma4.Gemma4(shape.target, placeholders(gemma4.expected_tensors(shape.target)),
+                      Shapes(torch.device("cpu"), quant), 1)  # fmt: skip
+        own = "w8" if quant == "w4" else quant
+        expected = gemma4_assistant.expected_tensors(shape.assistant)
+        gemma4_assistant.Gemma4Assistant(
+            shape.assistant, placeholders(expected), Shapes(torch.device("cpu"), own), 1
+        )
+    return list(SEEN)
+
+
+def candidates(n, k, quant):
+    large = n * k > 40e6
+    if quant == "bf16":
+        tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (64, 64, 4, 6), (32, 128, 4, 6),
+                 (64, 256, 4, 3)]  # fmt: skip
+    else:
+        tiles = [(64, 128, w, s) for w, s in ((4, 4), (4, 6), (2, 4), (2, 6), (4, 8))]
+    for tile, split in product(tiles, (1, 2, 4, 8)):
+        if split > 1 and (k // split < 512 or n // tile[0] * split > 132 * 12):
+            continue
+        if large and split > 2:
+            continue
+        yield Cut(*tile, split, 2)
+
+
+def make(n, k, quant):
+    weight = empty_weight((n, k), quant, DEVICE)
+    if weight.bits == 16:
+        weight.data.normal_(0, k**-0.5)
+    else:
+        weight.data.random_(-(2**15), 2**15)
+        weight.scales.fill_(0.01)
+    return weight
+
+
+def launch(ops, weights, x, out, gain, cut):
+    """A linear for each weight, each behind a small kernel whose result it reads."""
+    for weight in weights:
+        normed = ops.rms_norm(x, gain, 1e-6)
+        ops.launch_linear(normed, weight, out, cut)
+
+
+def timed(ops, weights, x, out, gain, cut, rounds=5):
+    launch(ops, weights, x, out, gain, cut)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(ops, weights, x, out, gain, cut)
+    graph.replay()
+    spent = []
+    for _ in range(rounds):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        graph.replay()
+        b.record()
+        b.synchronize()
+        spent.append(a.elapsed_time(b) * 1e3 / len(weights))
+    return median(spent)
+
+
+def rig(n, k, quant, copies):
+    ops = CudaOps(DEVICE, quant, pdl=has_dependent_launch(DEVICE))
+    weights = [make(n, k, quant) for _ in range(copies)]
+    x, gain = torch.randn(ROWS, k, device=DEVICE), torch.ones(k, device=DEVICE)
+    return ops, weights, x, torch.empty(ROWS, n, device=DEVICE), gain
+
+
+def compile_part(i, n_parts):
+    jobs = [(s, c) for s in shapes_of(WANTED) for c in candidates(*s)]
+    seen = set()
+    for (n, k, quant), cut in jobs:
+        ops, weights, x, out, gain = None, None, None, None, None
+        key = (quant, cut, n % 16, n % cut.tile_n == 0, k % (cut.tile_k * cut.split) == 0)
+        if key in seen:
+            continue
+        seen.add(key)
+        if len(seen) % n_parts != i:
+            continue
+        n_small = n % cut.tile_n + 4 * cut.tile_n if n % 16 == 0 else n
+        ops, weights, x, out, gain = rig(n_small, k, quant, 1)
+        for ahead in (0, 2, 4):
+            launch(ops, weights, x, out, gain, replace(cut, ahead=ahead))
+    torch.cuda.synchronize()
+
+
+def measure(path, asked):
+    found = {}
+    for n, k, quant in shapes_of(asked or WANTED):
+        torch.cuda.empty_cache()
+        n_bytes = make(n, k, quant).n_bytes
+        ops, weights, x, out, gain = rig(n, k, quant, max(3, COLD_BYTES // n_bytes))
+        tried = {}
+        for cut in candidates(n, k, quant):
+            try:
+                tried[cut] = timed(ops, weights, x, out, gain, cut)
+            except Exception as error:
+                print(n, k, quant, cut, repr(error)[:200], flush=True)
+                torch.cuda.synchronize()
+        best = min(tried, key=tried.get)
+        for ahead in (0, 4):
+            more = replace(best, ahead=ahead)
+            tried[more] = timed(ops, weights, x, out, gain, more)
+        best = min(tried, key=tried.get)
+        bits = {"bf16": 16, "w8": 8, "w4": 4}[quant]
+        found[f"{n},{k},{bits}"] = {"cut": astuple(best), "us": tried[best],
+                                    "gb_s": n_bytes / tried[best] / 1e3,
+                                    "tried": [[*astuple(c), us] for c, us in tried.items()]}  # fmt: skip
+        print(f"({n}, {k}, {bits}): Cut{astuple(best)},  # {tried[best]:.1f} us,"
+              f" {n_bytes / tried[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
+        with open(path, "w") as file:
+            json.dump(found, file)
+
+
+torch.inference_mode().__enter__()
+if sys.argv[1] == "compile":
+    compile_part(int(sys.argv[2]), int(sys.argv[3]))
+else:
+    measure(sys.argv[2], sys.argv[3:])
