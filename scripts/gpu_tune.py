@@ -164,7 +164,7 @@ def measure(path, asked):
         bits = {"bf16": 16, "w8": 8, "w4": 4}[quant]
         found[f"{n},{k},{bits}"] = {"cut": astuple(best), "us": tried[best],
                                     "gb_s": n_bytes / tried[best] / 1e3,
-                                    "tried": [[*astuple(c), us] for c, us in tried.items()]}  # fmt: skip
+                                    "tried": [[*astuple(c), u] for c, u in tried.items()]}  # fmt: skip
         print(f"({n}, {k}, {bits}): Cut{astuple(best)},  # {tried[best]:.1f} us,"
               f" {n_bytes / tried[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
         with open(path, "w") as file:

@@ -68,6 +68,10 @@ class _AbsentCore:
         """Those of kernels that are not there."""
         return 1
 
+    def available_isas(self) -> list[str]:
+        """None."""
+        return []
+
     def set_threads(self, n_threads: int) -> None:
         """Nothing to set."""
 

@@ -4,7 +4,6 @@ Weights are random numbers of their packed form, drawn on the device. Not here: 
 (shape.py).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ class TimedGraph(GraphProgram):
     def __init__(self, pool: Any) -> None:
         """See `GraphProgram`."""
         super().__init__(pool)
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.start, self.end = timing_events()
         self.replayed = False
         self.before_s = 0.0
 
@@ -111,15 +110,21 @@ def random_weight(shape: tuple[int, ...], format: Format, device: torch.device) 
     return made
 
 
-def read_seconds(_parts: Sequence[Tensor], device: torch.device, rounds: int = 5) -> float:
+def read_seconds_a_byte(device: torch.device, rounds: int = 5) -> float:
     """Seconds that PyTorch's sum takes to read a byte, the best of some."""
     x = torch.empty(READ_FLOATS, device=device).normal_()
     times = []
     for _ in range(rounds + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = timing_events()
         start.record()
         x.sum()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return min(times[1:]) / x.nbytes
+    return float(min(times[1:])) / x.nbytes
+
+
+def timing_events() -> tuple[Any, Any]:
+    """Two events that note the time on the device."""
+    make: Any = torch.cuda.Event
+    return make(enable_timing=True), make(enable_timing=True)

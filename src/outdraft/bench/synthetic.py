@@ -20,7 +20,7 @@ from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
-from outdraft.ops.base import Role
+from outdraft.ops.base import Ops, Role
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear
 from outdraft.ops.program import Program
@@ -134,25 +134,27 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
         piece.copy_(part[: piece.numel()])
 
 
-def synthetic_target(config: Gemma4Config, ops: CpuOps, n_positions: int) -> Gemma4:
+def synthetic_target(config: Gemma4Config, ops: Ops, n_positions: int) -> Gemma4:
     """A target whose weights `ops` makes up (or only counts)."""
-    return Gemma4(config, placeholders(expected_tensors(config)), ops, n_positions)
+    return Gemma4(config, placeholders(expected_tensors(config), ops.device), ops, n_positions)
 
 
-def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:
+def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> Gemma4Assistant:
     """An assistant whose weights `ops` makes up (or only counts)."""
-    weights = placeholders(gemma4_assistant.expected_tensors(config))
+    weights = placeholders(gemma4_assistant.expected_tensors(config), ops.device)
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
-def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor]:
+def placeholders(
+    expected: Mapping[str, ExpectedTensor], device: torch.device | None = None
+) -> dict[str, Tensor]:
     """Matrices that are nothing but a shape; norms of ones, and tokens in their own order."""
     made = {}
     for name, tensor in expected.items():
         if tensor.dtype is not None:
-            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
+            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
-            made[name] = torch.ones(tensor.shape)
+            made[name] = torch.ones(tensor.shape, device=device)
         else:
             made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
     return made

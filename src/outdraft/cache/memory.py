@@ -82,7 +82,7 @@ class Memory:
             prefix_cache: keep verified pages for later sequences that begin alike.
         """
         self.layers = list(layers)
-        self.device = device
+        self.device = device or torch.device("cpu")
         pages = plan_pages(
             layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
         )

@@ -72,8 +72,8 @@ def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
         tl.extra.cuda.gdc_launch_dependents()
         line = tl.minimum(cols, N - 1).to(tl.int64) * K
         for tile in tl.static_range(AHEAD):
-            k = first + tile * BK + 64 * tl.arange(0, BK // 64)
-            prefetch(w + line[:, None] + tl.minimum(k, K - 1)[None, :])
+            ahead = first + tile * BK + 64 * tl.arange(0, BK // 64)
+            prefetch(w + line[:, None] + tl.minimum(ahead, K - 1)[None, :])
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((16, BN), tl.float32)
     for tile in range(TILES if TILES > 0 else n_tiles):
@@ -185,8 +185,8 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         for tile in tl.static_range(AHEAD):
-            block = tl.minimum(first + tile, n_blocks - 1)
-            prefetch(base + block.to(tl.int64) * (64 * W))
+            next = tl.minimum(first + tile, n_blocks - 1)
+            prefetch(base + next.to(tl.int64) * (64 * W))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((16, BN), tl.float32)
     s = scales + cols
