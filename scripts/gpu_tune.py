@@ -69,18 +69,21 @@ def shapes_of(asked):
 
 
 def candidates(n, k, quant):
-    large = n * k > 40e6
     if quant == "bf16":
-        tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (64, 64, 4, 6), (32, 128, 4, 6),
-                 (64, 256, 4, 3)]  # fmt: skip
+        tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (64, 64, 4, 6), (32, 128, 4, 6)]
+        sliced = [(16, 64, 4, 4), (16, 128, 4, 3), (32, 64, 4, 4), (32, 128, 4, 3), (16, 64, 8, 4),
+                  (32, 64, 8, 3), (64, 64, 4, 4), (64, 64, 2, 5), (16, 64, 4, 6)]  # fmt: skip
     else:
-        tiles = [(64, 128, w, s) for w, s in ((4, 4), (4, 6), (2, 4), (2, 6), (4, 8))]
+        tiles = [(128, 128, 2, 4), (128, 128, 4, 4), (64, 128, 2, 4), (128, 128, 2, 6),
+                 (128, 128, 2, 3), (64, 128, 4, 4)]  # fmt: skip
+        sliced = []
     for tile, split in product(tiles, (1, 2, 4, 8)):
-        if split > 1 and (k // split < 512 or n // tile[0] * split > 132 * 12):
-            continue
-        if large and split > 2:
+        if split > 1 and (k // split < 512 or n // tile[0] * split > 132 * 8):
             continue
         yield Cut(*tile, split, 2)
+    for tile_n, tile_k, slices, stages in sliced:
+        if n * k < 120e6 and k >= slices * tile_k:
+            yield Cut(tile_n, tile_k, slices, stages, 1, 2, slices)
 
 
 def make(n, k, quant):
@@ -164,7 +167,7 @@ def measure(path, asked):
         bits = {"bf16": 16, "w8": 8, "w4": 4}[quant]
         found[f"{n},{k},{bits}"] = {"cut": astuple(best), "us": tried[best],
                                     "gb_s": n_bytes / tried[best] / 1e3,
-                                    "tried": [[*astuple(c), u] for c, u in tried.items()]}  # fmt: skip
+                                    "tried": [[*astuple(c), t] for c, t in tried.items()]}  # fmt: skip
         print(f"({n}, {k}, {bits}): Cut{astuple(best)},  # {tried[best]:.1f} us,"
               f" {n_bytes / tried[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
         with open(path, "w") as file:

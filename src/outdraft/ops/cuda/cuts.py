@@ -13,7 +13,8 @@ WAVES = 132 * 2  # programs under which tiles of N alone leave processors idle
 class Cut:
     """Outputs and inputs a tile, warps, pipeline stages, parts of K, tiles asked for ahead.
 
-    8- and 4-bit weights have tiles of 128 inputs.
+    With `slices` above 1 there are as many warps, which take a part of K each (bf16 only). 8- and
+    4-bit weights have tiles of 128 inputs, and 64 or 128 outputs.
     """
 
     tile_n: int = 64
@@ -22,6 +23,7 @@ class Cut:
     stages: int = 4
     split: int = 1
     ahead: int = 2
+    slices: int = 1
 
 
 MEASURED: dict[tuple[int, int, int], Cut] = {}

@@ -92,11 +92,40 @@ def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
     finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
 
 
-@triton.jit
-def nibbles(q, ASM: tl.constexpr, DOT: tl.constexpr):
-    """Four planes of 4-bit numbers less 8 from 16-bit words, lowest bits first; exact.
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+def sliced_kernel(x, w, out, n_rows, n_tiles, N, K, x_stride, SLICES: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
+                  PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """As linear_kernel, for few outputs: each warp sums a part of K, and the parts add in order."""
+    rows = tl.program_id(0) * 16 + tl.arange(0, 16)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    ks = tl.arange(0, SLICES)[:, None] * (n_tiles * BK) + tl.arange(0, BK)[None, :]
+    at = tl.minimum(cols, N - 1).to(tl.int64) * K
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        line = tl.arange(0, SLICES)[:, None] * (n_tiles * BK) + 64 * tl.arange(0, BK // 64)[None, :]
+        for tile in tl.static_range(AHEAD):
+            ahead = tl.minimum(line + tile * BK, K - 1)
+            prefetch(w + at[None, :, None] + ahead[:, None, :])
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((SLICES, 16, BN), tl.float32)
+    for tile in range(TILES if TILES > 0 else n_tiles):
+        k = ks + tile * BK
+        x_tile = tl.load(x + rows[None, :, None] * x_stride + k[:, None, :],
+                         mask=(rows[None, :, None] < n_rows) & (k[:, None, :] < K),
+                         other=0.0)  # fmt: skip
+        w_tile = tl.load(w + at[None, :, None] + k[:, None, :], mask=k[:, None, :] < K, other=0.0)
+        acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).permute(0, 2, 1), acc)
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < N)
+    tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], tl.sum(acc, 0), mask=mask)
 
-    In the assembler two words at a time: a nibble in the mantissa of 128 is 128 + nibble in bf16.
+
+@triton.jit
+def nibbles(q, s0, s1, s2, s3, ASM: tl.constexpr, DOT: tl.constexpr):
+    """Four planes of 4-bit numbers less 8 from 16-bit words, lowest bits first, times bf16 scales.
+
+    The product is rounded to bf16. In the assembler two words at a time: a nibble in the mantissa
+    of 128 is 128 + nibble in bf16.
     """
     if ASM:
         return tl.inline_asm_elementwise(
@@ -115,13 +144,21 @@ def nibbles(q, ASM: tl.constexpr, DOT: tl.constexpr):
             fma.rn.bf16x2 $1, $1, one, less;
             fma.rn.bf16x2 $2, $2, one, less;
             fma.rn.bf16x2 $3, $3, one, less;
+            mul.rn.bf16x2 $0, $0, $5;
+            mul.rn.bf16x2 $1, $1, $6;
+            mul.rn.bf16x2 $2, $2, $7;
+            mul.rn.bf16x2 $3, $3, $8;
             }""",
-            "=&r,=&r,=&r,=&r,r", [q],
+            "=&r,=&r,=&r,=&r,r,r,r,r,r", [q, s0, s1, s2, s3],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
     u = q.to(tl.int32) & 0xFFFF
-    return (((u & 15) - 8).to(DOT), (((u >> 4) & 15) - 8).to(DOT),
-            (((u >> 8) & 15) - 8).to(DOT), (((u >> 12) & 15) - 8).to(DOT))  # fmt: skip
+    q0 = ((u & 15) - 8).to(tl.float32) * s0.to(tl.float32)
+    q1 = (((u >> 4) & 15) - 8).to(tl.float32) * s1.to(tl.float32)
+    q2 = (((u >> 8) & 15) - 8).to(tl.float32) * s2.to(tl.float32)
+    q3 = (((u >> 12) & 15) - 8).to(tl.float32) * s3.to(tl.float32)
+    return (q0.to(tl.bfloat16).to(DOT), q1.to(tl.bfloat16).to(DOT),
+            q2.to(tl.bfloat16).to(DOT), q3.to(tl.bfloat16).to(DOT))  # fmt: skip
 
 
 @triton.jit
@@ -173,15 +210,17 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
     """As linear_kernel, of 4- or 8-bit weights, 128 inputs a tile.
 
     `w` is int16 [N / 64, n_blocks, 64, W]; word j of a row holds inputs j, j + W, …. `scales` of
-    4 bits is [4 * n_blocks, s_stride], one for 32 inputs, that multiplies a group's sum; of 8
-    bits it is [N] and multiplies all of it.
+    4 bits is bf16 [4 * n_blocks, s_stride], one for 32 inputs; of 8 bits it is fp32 [N] and
+    multiplies the sum.
     """
     W: tl.constexpr = 8 * BITS
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     first = tl.program_id(2) * n_tiles
     j = tl.arange(0, W)
-    base = w + (cols // 64).to(tl.int64) * n_blocks * (64 * W) + cols % 64 * W
+    base = (
+        w + tl.minimum(cols // 64, (N - 1) // 64).to(tl.int64) * n_blocks * (64 * W) + cols % 64 * W
+    )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         for tile in tl.static_range(AHEAD):
@@ -189,42 +228,27 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
             prefetch(base + next.to(tl.int64) * (64 * W))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((16, BN), tl.float32)
-    s = scales + cols
-    inside = cols < N
-    if BITS == 4:
-        at = tl.minimum(first, n_blocks - 1).to(tl.int64) * 4 * s_stride
-        s0 = tl.load(s + at, mask=inside, other=0.0)
-        s1 = tl.load(s + at + s_stride, mask=inside, other=0.0)
-        s2 = tl.load(s + at + 2 * s_stride, mask=inside, other=0.0)
-        s3 = tl.load(s + at + 3 * s_stride, mask=inside, other=0.0)
     for tile in range(TILES if TILES > 0 else n_tiles):
         block = first + tile
         there = tl.minimum(block, n_blocks - 1).to(tl.int64)
         q = tl.load(base[:, None] + there * (64 * W) + j[None, :])
         k = block * 128 + j
         if BITS == 4:
-            at = tl.minimum(block + 1, n_blocks - 1).to(tl.int64) * 4 * s_stride
-            n0 = tl.load(s + at, mask=inside, other=0.0)
-            n1 = tl.load(s + at + s_stride, mask=inside, other=0.0)
-            n2 = tl.load(s + at + 2 * s_stride, mask=inside, other=0.0)
-            n3 = tl.load(s + at + 3 * s_stride, mask=inside, other=0.0)
-            q0, q1, q2, q3 = nibbles(q, ASM, DOT)
-            zero = tl.zeros((16, BN), tl.float32)
-            x0 = plane(x, rows, k, n_rows, K, x_stride, DOT)
-            x1 = plane(x, rows, k + 32, n_rows, K, x_stride, DOT)
-            x2 = plane(x, rows, k + 64, n_rows, K, x_stride, DOT)
-            x3 = plane(x, rows, k + 96, n_rows, K, x_stride, DOT)
-            acc += s0[None, :] * tl.dot(x0, q0.T, zero)
-            acc += s1[None, :] * tl.dot(x1, q1.T, zero)
-            acc += s2[None, :] * tl.dot(x2, q2.T, zero)
-            acc += s3[None, :] * tl.dot(x3, q3.T, zero)
-            s0, s1, s2, s3 = n0, n1, n2, n3
+            s = scales + there * 4 * s_stride + cols
+            q0, q1, q2, q3 = nibbles(
+                q, tl.load(s)[:, None], tl.load(s + s_stride)[:, None],
+                tl.load(s + 2 * s_stride)[:, None], tl.load(s + 3 * s_stride)[:, None], ASM, DOT,
+            )  # fmt: skip
+            acc = tl.dot(plane(x, rows, k, n_rows, K, x_stride, DOT), q0.T, acc)
+            acc = tl.dot(plane(x, rows, k + 32, n_rows, K, x_stride, DOT), q1.T, acc)
+            acc = tl.dot(plane(x, rows, k + 64, n_rows, K, x_stride, DOT), q2.T, acc)
+            acc = tl.dot(plane(x, rows, k + 96, n_rows, K, x_stride, DOT), q3.T, acc)
         else:
             q0, q1 = octets(q, ASM, DOT)
             acc = tl.dot(plane(x, rows, k, n_rows, K, x_stride, DOT), q0.T, acc)
             acc = tl.dot(plane(x, rows, k + 64, n_rows, K, x_stride, DOT), q1.T, acc)
     if BITS == 8:
-        acc = acc * tl.load(s, mask=inside, other=0.0)[None, :]
+        acc = acc * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
     finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
 
 
@@ -247,6 +271,7 @@ def embed_kernel(w, scales, token, out, scale, K, n_blocks, s_stride, BITS: tl.c
         v = (u - (1 << (BITS - 1))).to(tl.float32)
         if BITS == 4:
             v *= tl.load(scales + (k // 32) * s_stride + n, mask=mask, other=0.0).to(tl.float32)
+            v = v.to(tl.bfloat16).to(tl.float32)
         else:
             v *= tl.load(scales + n)
     tl.store(out + t * K + k, v * scale, mask=mask)

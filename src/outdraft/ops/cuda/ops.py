@@ -158,6 +158,16 @@ class CudaOps:
             if size not in self.tickets:
                 self.tickets[size] = torch.zeros(size, device=self.device, dtype=torch.int32)
             tickets = self.tickets[size]
+        if cut.slices > 1:
+            assert weight.bits == 16 and cut.split == 1
+            n_tiles = triton.cdiv(triton.cdiv(k, cut.tile_k), cut.slices)
+            linears.sliced_kernel[grid[:2]](
+                x_TK, weight.data, out, t, n_tiles, n, k, x_TK.stride(0), SLICES=cut.slices,
+                BN=cut.tile_n, BK=cut.tile_k, AHEAD=min(cut.ahead, n_tiles), DOT=self._dot,
+                TILES=0 if self._on_card else n_tiles, num_warps=cut.slices,
+                num_stages=cut.stages, **self._launch,
+            )  # fmt: skip
+            return
         tile_k = cut.tile_k if weight.bits == 16 else 128
         n_tiles = triton.cdiv(triton.cdiv(k, tile_k), cut.split)
         shared = {"SPLIT": cut.split, "BN": cut.tile_n, "num_warps": cut.warps,
@@ -170,7 +180,7 @@ class CudaOps:
                 BK=tile_k, EVEN=even, **shared,
             )  # fmt: skip
             return
-        assert weight.scales is not None and cut.tile_n == 64
+        assert weight.scales is not None and cut.tile_n in (64, 128)
         linears.packed_kernel[grid](
             x_TK, weight.data, weight.scales, parts, out, tickets, t, n_tiles, n, k,
             weight.k_tiles, weight.scales.stride(0), x_TK.stride(0), BITS=weight.bits,

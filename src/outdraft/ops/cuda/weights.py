@@ -27,7 +27,7 @@ class CudaWeight:
         data: bf16 as it is; else int16 [N / 64, K / 128, 64, W], rounded up and padded with zeros:
             word j of a row holds inputs j, j + W, … of the tile, lowest bits first, as numbers
             from 0 (8 bits: less 128, 4 bits: less 8).
-        scales: fp32 [N] of 8 bits, fp16 [4 K / 128, N] of 4 bits.
+        scales: fp32 [N] of 8 bits, bf16 [4 K / 128, N], N rounded up, of 4 bits.
         bits: 16, 8 or 4.
         shape: without padding.
     """
@@ -76,7 +76,7 @@ def packed_bytes(shape: tuple[int, ...], format: Format) -> int:
     tiles = -(-n // TILE_N) * -(-k // TILE_K)
     if format == "w8":
         return tiles * TILE_N * TILE_K + 4 * n
-    return tiles * TILE_N * TILE_K // 2 + 8 * n * -(-k // TILE_K)
+    return tiles * TILE_N * (TILE_K // 2 + 8)
 
 
 def empty_weight(shape: tuple[int, ...], format: Format, device: torch.device) -> CudaWeight:
@@ -90,7 +90,7 @@ def empty_weight(shape: tuple[int, ...], format: Format, device: torch.device) -
     data = torch.full(words, zero, dtype=torch.int16, device=device)
     if bits == 8:
         return CudaWeight(data, torch.zeros(n, device=device), 8, shape)
-    scales = torch.zeros(4 * n_blocks, n, dtype=torch.float16, device=device)
+    scales = torch.zeros(4 * n_blocks, n_tiles * TILE_N, dtype=torch.bfloat16, device=device)
     return CudaWeight(data, scales, 4, shape)
 
 
@@ -155,8 +155,8 @@ def unpack(weight: CudaWeight) -> Tensor:
     values_NK = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].float() - (mask + 1) // 2
     if weight.bits == 8:
         return values_NK * weight.scales[:, None]
-    scales_NC = weight.scales.T.float()
-    return values_NK * scales_NC.repeat_interleave(GROUP, dim=1)[:, :k]
+    scales_NC = weight.scales[:, :n].T.float()
+    return (values_NK * scales_NC.repeat_interleave(GROUP, dim=1)[:, :k]).bfloat16().float()
 
 
 def _on(rows: Rows, device: torch.device) -> Rows:
@@ -178,16 +178,16 @@ def _eight(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _four(rows: Rows) -> tuple[Tensor, Tensor]:
-    """0 .. 15 [N, K] and fp16 scales [N, C], one for 32."""
+    """0 .. 15 [N, K] and bf16 scales [N, C], one for 32."""
     if isinstance(rows, Int4Rows) and rows.zeros_NC is None:
         k = rows.codes_NK.shape[1]
         group = k // rows.scales_NC.shape[1]
         if group % GROUP == 0:
-            return rows.codes_NK, rows.scales_NC.half().repeat_interleave(group // GROUP, dim=1)
+            return rows.codes_NK, rows.scales_NC.bfloat16().repeat_interleave(group // GROUP, dim=1)
     floats_NK = to_floats(rows, torch.float32)
     n, k = floats_NK.shape
     padded = torch.nn.functional.pad(floats_NK, (0, -k % GROUP)).view(n, -1, GROUP)
-    scales_NC = (padded.abs().amax(2) / 7).half().clamp(min=6e-8)
+    scales_NC = (padded.abs().amax(2) / 7).clamp(min=1e-30).bfloat16()
     codes = (padded / scales_NC.float()[..., None]).round().clamp(-7, 7) + 8
     return codes.view(n, -1)[:, :k].to(torch.uint8), scales_NC
 
