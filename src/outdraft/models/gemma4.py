@@ -252,7 +252,7 @@ class Gemma4:
             y = self._feedforward(layer, x, normed)
             after = layer.norms["post_feedforward_layernorm"]
             if ple_TL is not None:
-                x = self.ops.add(self.ops.rms_norm(y, after, eps), x)
+                x, _ = self.ops.add_norm(y, x, after, eps)
                 y = self._per_layer_update(index, layer, x, ple_TL)
                 after = layer.norms["post_per_layer_input_norm"]
             x, normed = self.ops.add_norm(

@@ -1,7 +1,6 @@
 """Triton kernels beside the products (linears.py); no other row can change the order of a sum.
 
-Attention splits a row's keys every `SPLIT_KEYS` positions from the page of its first key and merges
-the parts in order. Not here: allocation and launching (ops.py).
+Attention takes a row's keys page by page and merges the parts in order. Not here: allocation and launching (ops.py).
 """
 
 # mypy: ignore-errors
@@ -119,73 +118,74 @@ def gated_kernel(gate, up, out, g_stride, u_stride, K, BLOCK: tl.constexpr, PDL:
 def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, part, stats, scale,
                      width, n_splits, G, D: tl.constexpr, GROUP: tl.constexpr,
                      GP: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
-                     SPLIT_KEYS: tl.constexpr, PDL: tl.constexpr,
-                     DOT: tl.constexpr):  # fmt: skip
-    """One row, one key/value head, one part of its keys: unnormalised sums, maxima, totals."""
+                     PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One row, one key/value head, one page of its keys: unnormalised sums, maxima, totals."""
     begin(PDL)
     t = tl.program_id(0)
     g = tl.program_id(1)
     split = tl.program_id(2)
-    h = tl.arange(0, GP)
-    d = tl.arange(0, D)
-    n_heads = G * GROUP
-    head = g * GROUP + h
-    real = h < GROUP
-    q_HD = tl.load(q + (t * n_heads + head[:, None]) * D + d[None, :],
-                   mask=real[:, None], other=0.0).to(keys.dtype.element_ty).to(DOT)  # fmt: skip
-    b = tl.load(sequence + t)
     lo, hi = tl.load(lo_T + t), tl.load(hi_T + t)
-    first = tl.load(first_page + b)
-    start = lo // SLOTS * SLOTS + split * SPLIT_KEYS
-    top = tl.full((GP,), -1e30, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    acc = tl.zeros((GP, D), tl.float32)
-    base = start
-    while base < tl.minimum(start + SPLIT_KEYS, hi + 1):
-        p = base + tl.arange(0, TILE)
-        page = tl.load(table + b * width + base // SLOTS - first).to(tl.int64)
-        at = ((page * G + g) * SLOTS + p % SLOTS)[:, None] * D + d[None, :]
-        k_PD = tl.load(keys + at).to(DOT)
-        s = tl.dot(q_HD, k_PD.T) * scale
-        s = tl.where(((p >= lo) & (p <= hi))[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        w = tl.exp(s - new[:, None])
-        fade = tl.exp(top - new)
-        total = total * fade + tl.sum(w, 1)
-        v_PD = tl.load(values + at)
-        acc = tl.dot(w.to(v_PD.dtype).to(DOT), v_PD.to(DOT), acc * fade[:, None])
-        top = new
-        base += TILE
-    row = ((t * n_splits + split) * n_heads + head).to(tl.int64)
-    tl.store(part + row[:, None] * D + d[None, :], acc, mask=real[:, None])
-    tl.store(stats + row * 2, top, mask=real)
-    tl.store(stats + row * 2 + 1, total, mask=real)
+    start = (lo // SLOTS + split) * SLOTS
+    if start <= hi:
+        h = tl.arange(0, GP)
+        d = tl.arange(0, D)
+        n_heads = G * GROUP
+        head = g * GROUP + h
+        real = h < GROUP
+        b = tl.load(sequence + t)
+        first = tl.load(first_page + b)
+        page = tl.load(table + b * width + start // SLOTS - first).to(tl.int64)
+        q_HD = tl.load(q + (t * n_heads + head[:, None]) * D + d[None, :],
+                       mask=real[:, None], other=0.0).to(keys.dtype.element_ty).to(DOT)  # fmt: skip
+        top = tl.full((GP,), -1e30, tl.float32)
+        total = tl.zeros((GP,), tl.float32)
+        acc = tl.zeros((GP, D), tl.float32)
+        for tile in tl.static_range(SLOTS // TILE):
+            slot = tile * TILE + tl.arange(0, TILE)
+            p = start + slot
+            at = ((page * G + g) * SLOTS + slot)[:, None] * D + d[None, :]
+            k_PD = tl.load(keys + at).to(DOT)
+            v_PD = tl.load(values + at)
+            s = tl.dot(q_HD, k_PD.T) * scale
+            s = tl.where(((p >= lo) & (p <= hi))[None, :], s, float("-inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            w = tl.exp(s - new[:, None])
+            fade = tl.exp(top - new)
+            total = total * fade + tl.sum(w, 1)
+            acc = tl.dot(w.to(v_PD.dtype).to(DOT), v_PD.to(DOT), acc * fade[:, None])
+            top = new
+        row = ((t * n_splits + split) * n_heads + head).to(tl.int64)
+        tl.store(part + row[:, None] * D + d[None, :], acc, mask=real[:, None])
+        tl.store(stats + row * 2, top, mask=real)
+        tl.store(stats + row * 2 + 1, total, mask=real)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
 def attention_merge_kernel(part, stats, lo_T, hi_T, out, n_splits, H, D: tl.constexpr,
-                           SLOTS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+                           BD: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
                            PDL: tl.constexpr):  # fmt: skip
-    """Parts of a row's head in order; parts behind its last key are not read."""
+    """Parts of a row's head, PARTS at a time in order; parts behind its last key are not read."""
     begin(PDL)
     t = tl.program_id(0)
     h = tl.program_id(1)
-    d = tl.arange(0, D)
-    used = tl.load(hi_T + t) + 1 - tl.load(lo_T + t) // SLOTS * SLOTS
-    n_used = (used + SPLIT_KEYS - 1) // SPLIT_KEYS
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    n_used = tl.load(hi_T + t) // SLOTS - tl.load(lo_T + t) // SLOTS + 1
     top = -1e30
     total = 0.0
-    acc = tl.zeros((D,), tl.float32)
-    split = 0
-    while split < n_used:
-        row = ((t * n_splits + split) * H + h).to(tl.int64)
-        own = tl.load(stats + row * 2)
-        new = tl.maximum(top, own)
-        a, b = tl.exp(top - new), tl.exp(own - new)
-        acc = acc * a + tl.load(part + row * D + d) * b
-        total = total * a + tl.load(stats + row * 2 + 1) * b
+    acc = tl.zeros((BD,), tl.float32)
+    base = 0
+    while base < n_used:
+        i = base + tl.arange(0, PARTS)
+        row = ((t * n_splits + i) * H + h).to(tl.int64)
+        own = tl.load(stats + row * 2, mask=i < n_used, other=-1e30)
+        sums = tl.load(stats + row * 2 + 1, mask=i < n_used, other=0.0)
+        parts = tl.load(part + row[:, None] * D + d[None, :], mask=(i < n_used)[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(own, 0))
+        fade, w = tl.exp(top - new), tl.where(i < n_used, tl.exp(own - new), 0.0)
+        acc = acc * fade + tl.sum(parts * w[:, None], 0)
+        total = total * fade + tl.sum(sums * w, 0)
         top = new
-        split += 1
+        base += PARTS
     tl.store(out + (t * H + h).to(tl.int64) * D + d, acc / total)
 
 

@@ -1,9 +1,10 @@
 """Triton kernels of products with weights, whose sums run in an order no other row can change.
 
 A linear multiplies blocks of 16 padded rows: tiles and the split of K are the weight's, never the
-call's. Every kernel lets its successor start early and waits for its predecessor itself
-(programmatic dependent launch); weights depend on nothing, so a linear asks for its first tiles
-before it waits. Not here: the other kernels (kernels.py), how weights are packed (weights.py).
+call's. Kernels are launched before their predecessor is done and wait for it themselves (programmatic
+dependent launch). Small kernels let the next one come at once, linears when their sums are done, so
+that the next linear waits beside small kernels; weights depend on nothing, and it asks for its first
+tiles before it waits. Not here: the other kernels (kernels.py), how weights are packed (weights.py).
 """
 
 # mypy: ignore-errors
@@ -18,6 +19,13 @@ def begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """The next kernel may be launched: there is room for it as programs of this one end."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -69,7 +77,6 @@ def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
     first = tl.program_id(2) * n_tiles * BK
     ks = tl.arange(0, BK)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         line = tl.minimum(cols, N - 1).to(tl.int64) * K
         for tile in tl.static_range(AHEAD):
             ahead = first + tile * BK + 64 * tl.arange(0, BK // 64)
@@ -89,6 +96,7 @@ def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
                              other=0.0)  # fmt: skip
             w_tile = tl.load(w + at, mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)
         acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).T, acc)
+    release(PDL)
     finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
 
 
@@ -102,7 +110,6 @@ def sliced_kernel(x, w, out, n_rows, n_tiles, N, K, x_stride, SLICES: tl.constex
     ks = tl.arange(0, SLICES)[:, None] * (n_tiles * BK) + tl.arange(0, BK)[None, :]
     at = tl.minimum(cols, N - 1).to(tl.int64) * K
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         line = tl.arange(0, SLICES)[:, None] * (n_tiles * BK) + 64 * tl.arange(0, BK // 64)[None, :]
         for tile in tl.static_range(AHEAD):
             ahead = tl.minimum(line + tile * BK, K - 1)
@@ -116,6 +123,7 @@ def sliced_kernel(x, w, out, n_rows, n_tiles, N, K, x_stride, SLICES: tl.constex
                          other=0.0)  # fmt: skip
         w_tile = tl.load(w + at[None, :, None] + k[:, None, :], mask=k[:, None, :] < K, other=0.0)
         acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).permute(0, 2, 1), acc)
+    release(PDL)
     mask = (rows[:, None] < n_rows) & (cols[None, :] < N)
     tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], tl.sum(acc, 0), mask=mask)
 
@@ -222,7 +230,6 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
         w + tl.minimum(cols // 64, (N - 1) // 64).to(tl.int64) * n_blocks * (64 * W) + cols % 64 * W
     )
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         for tile in tl.static_range(AHEAD):
             next = tl.minimum(first + tile, n_blocks - 1)
             prefetch(base + next.to(tl.int64) * (64 * W))
@@ -247,6 +254,7 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
             q0, q1 = octets(q, ASM, DOT)
             acc = tl.dot(plane(x, rows, k, n_rows, K, x_stride, DOT), q0.T, acc)
             acc = tl.dot(plane(x, rows, k + 64, n_rows, K, x_stride, DOT), q1.T, acc)
+    release(PDL)
     if BITS == 8:
         acc = acc * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
     finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
@@ -286,7 +294,8 @@ def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
     Every sixteenth pair of a block leads: its program reads the block's weights once for itself
     and the up to 15 pairs of the block behind it. A row's sum runs over K alone.
     """
-    begin(PDL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     lead = tl.program_id(1)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     q = tl.arange(0, PAIRS)
@@ -309,5 +318,6 @@ def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
             tile = tl.load(base + cols[:, None] * K + k[None, :],
                            mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
             acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), tile.to(DOT).T, acc)
+        release(PDL)
         tl.store(out + pairs[:, None] * N + cols[None, :], acc,
                  mask=real[:, None] & (cols[None, :] < N))  # fmt: skip

@@ -24,7 +24,7 @@ from outdraft.ops.packed import Format
 from outdraft.ops.record import Replayable
 from outdraft.ops.stored import StoredWeight
 
-SPLIT_KEYS = 2 * PAGE_SLOTS
+MERGED = 16  # parts of attention merged at once
 MAX_PAIRS = 1024
 PART_BYTES = 64 << 20  # partial sums of attention held at once
 BEST_PART = 4096
@@ -295,7 +295,7 @@ class CudaOps:
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """See `Ops.attention`; bf16, which linears read."""
         t, h, d = q_THD.shape
-        n_splits = triton.cdiv(rows.table_BP.shape[1] * PAGE_SLOTS, SPLIT_KEYS)
+        n_splits = rows.table_BP.shape[1]
         q_THD, out = q_THD.contiguous(), self._empty(t, h, d, dtype=torch.bfloat16)
         step = max(1, PART_BYTES // (4 * n_splits * h * d))
         for first in range(0, t, step):
@@ -321,12 +321,12 @@ class CudaOps:
             q_THD, kv.k_PGSD, kv.v_PGSD, rows.table_BP, rows.first_page_B, rows.sequence_T[some],
             lo_T, hi_T, part, stats, scale, width, n_splits, g, D=d, GROUP=h // g,
             GP=max(16, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
-            TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, DOT=self._dot, num_stages=2,
-            num_warps=8 if d > 256 else 4, **self._launch,
+            TILE=32 if d > 256 else 64, DOT=self._dot, num_warps=8 if d > 128 else 4,
+            **self._launch,
         )  # fmt: skip
-        kernels.attention_merge_kernel[(t, h)](
-            part, stats, lo_T, hi_T, out, n_splits, h, D=d, SLOTS=PAGE_SLOTS,
-            SPLIT_KEYS=SPLIT_KEYS, **self._launch,
+        kernels.attention_merge_kernel[(t, h, triton.cdiv(d, 128))](
+            part, stats, lo_T, hi_T, out, n_splits, h, D=d, BD=min(d, 128), SLOTS=PAGE_SLOTS,
+            PARTS=MERGED, **self._launch,
         )  # fmt: skip
 
     def route(
