@@ -44,6 +44,7 @@ class KvPages:
         head_dim: int,
     ) -> None: ...
 
+def packed_layout() -> str: ...
 def pack_floats(weight: Weight, rows: Matrix, first: int, n: int, candidates: int) -> None: ...
 def pack_w8(weight: Weight, rows: int, stride: int, scales: int, first: int, n: int) -> None: ...
 def pack_w4(
@@ -138,6 +139,18 @@ def argmax(
     chosen: int,
     block: int,
     out: int,
+    probability: int,
+    rows: int,
+    n: int,
+) -> None: ...
+def scatter_blocks(
+    program: Program | None,
+    x: Matrix,
+    ids: int,
+    chosen: int,
+    block: int,
+    count: int,
+    out: Matrix,
     rows: int,
     n: int,
 ) -> None: ...

@@ -11,6 +11,7 @@ from outdraft.cli.checkup import examine
 from outdraft.cli.inspect import size
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
+from outdraft.ops.packed import PackedLinear
 from tests import tiny
 from tests.cli.conftest import Invoke
 
@@ -123,3 +124,38 @@ def test_sizes() -> None:
         "27.7 MB",
         "61.44 GB",
     ]
+
+
+@pytest.mark.parametrize("shape", ["moe", "e2b"])
+def test_packed_sizes_and_files_are_those_of_the_engine(
+    tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch, outdraft: Invoke
+) -> None:
+    target = tiny.tiny_target(tmp_path / "target", shape, seed=4)
+    tiny.tiny_assistant(target / "assistant", target, ordered=True)
+    cache = tmp_path / "cache"
+
+    def look() -> dict[str, Any]:
+        done = outdraft("inspect", target, "--cache-dir", cache, "--json")
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    before = look()
+    assert before["packed_files"] == before["drafter"]["packed_files"] == {}
+    monkeypatch.undo()
+    packed: list[int] = []
+    of_memory = PackedLinear.of_memory
+
+    def counted(*args: Any, **kwargs: Any) -> PackedLinear:
+        made = of_memory(*args, **kwargs)
+        packed.append(made.n_bytes)
+        return made
+
+    monkeypatch.setattr(PackedLinear, "of_memory", counted)
+    LLM(str(target), EngineConfig(quant="w4", ctx_size=64, cache_dir=str(cache)))
+    assert sum(packed) == before["packed_bytes"]["w4"] + before["drafter"]["packed_bytes"]["w8"]
+    after = look()
+    files = [*after["packed_files"].items(), *after["drafter"]["packed_files"].items()]
+    assert [format for format, _ in files] == ["w4", "w8"]
+    assert {Path(path) for _, path in files} == set(cache.iterdir())
+    assert str(files[0][1]) in outdraft("inspect", target, "--cache-dir", cache).stdout.replace(
+        "\n", ""
+    ).replace(" ", "")

@@ -20,9 +20,10 @@ from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.ops.arena import Arena
 from outdraft.ops.base import Ops, Role
 from outdraft.ops.cpu import CpuOps
-from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear
+from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
 from outdraft.weights.load import ExpectedTensor
@@ -34,9 +35,9 @@ GROUP = 32
 class TimedProgram(Program):
     """A program that adds up how long its replays took."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
         """An empty program."""
-        super().__init__()
+        super().__init__(arena)
         self.seconds = 0.0
 
     def replay(self) -> None:
@@ -63,7 +64,7 @@ class SyntheticOps(CpuOps):
     def begin(self, program: Replayable | None) -> Program:
         """See `Recordable`."""
         if program is None:
-            program = TimedProgram()
+            program = TimedProgram(self.arena)
             self.programs.append(program)
         return CpuOps.begin(self, program)
 
@@ -104,13 +105,7 @@ class CountingOps(CpuOps):
 
 def packed_bytes(format: Format, n_blocks: int, n: int, k: int) -> int:
     """`PackedLinear.n_bytes` of a weight that does not exist yet."""
-    rows = -(-n // PANEL_ROWS) * PANEL_ROWS * n_blocks
-    if format == "w4":
-        groups = -(-k // GROUP)
-        return rows * groups * (GROUP // 2 + 2)  # and a scale in fp16
-    if format == "w8":
-        return rows * (-(-k // 4) * 4 + 8)  # and a scale in fp32, a sum in int32
-    return rows * -(-k // 2) * 4
+    return sum(part_bytes(format, n, k, group=GROUP, n_blocks=n_blocks))
 
 
 def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLinear:

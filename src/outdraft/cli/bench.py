@@ -8,7 +8,6 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import remark, remarks, results, save
-from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
 
@@ -24,6 +23,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     model: options.Model,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write a report here, and a chart beside it.")
@@ -48,24 +48,16 @@ def bench(
     quant: options.Bits = "auto",
     kv_dtype: options.KvType = "bf16",
     threads: options.Threads = None,
+    cache: options.Cache = True,
+    cache_dir: options.CacheDir = None,
+    cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
 ) -> None:
     """Measure plain decoding against drafting, by kind of prompt.
 
     Greedy and sampled, interleaved on one engine, on held-out code, JSON, prose and repetition.
     Two words are no model: `bench kernels` times single kernels, `bench shape` a published shape.
     """
-    config = EngineConfig(
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        sample_drafts=spec_draft_sample,
-        device=device,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        max_sequences=1,
-        threads=threads,
-    )
+    config = options.engine_config(ctx.params, max_sequences=1)
     greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
     sampled = SamplingParams(
         temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed

@@ -50,7 +50,7 @@ def bench_shape(
     from outdraft.bench.shape import Settings, measure_shape
     from outdraft.bench.shapes import find_shape
     from outdraft.device import find_device
-    from outdraft.engine.engine import set_threads
+    from outdraft.ops.threads import set_threads
 
     where = find_device(device)
     set_threads(threads, compiled=where.type == "cpu")

@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 import torch
 
+from outdraft.bench.synthetic import CountingOps, synthetic_assistant, synthetic_target
 from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError, OutdraftError
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
-from outdraft.models.registry import family_of
+from outdraft.models.layers import TargetConfig
+from outdraft.models.registry import CANDIDATES, DTYPES, family_of
+from outdraft.ops.packed import Format
 from outdraft.speculate.build import read_assistant_config
 from outdraft.text.chat import ChatTemplate
 from outdraft.text.tokenizer import Tokenizer
@@ -24,6 +27,7 @@ from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.find import find_assistant
 from outdraft.weights.load import ExpectedTensor, IgnoreRule, open_tensors
+from outdraft.weights.packed_cache import PackedCache, packing_key
 from outdraft.weights.quantise import is_int8_channel
 
 KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
@@ -65,7 +69,9 @@ class Problem:
 class Checkup:
     """Facts about one directory; what could not be found out is None or empty.
 
-    `kv_bytes_per_token`: by group of layers, of `window` positions at most where there is one.
+    `packed_bytes`: what the kernels' weights take, by `--quant`; `packed_files`: those of them that
+    are in the cache. `kv_bytes_per_token`: by group of layers, of `window` positions at most where
+    there is one.
     """
 
     path: Path
@@ -78,6 +84,8 @@ class Checkup:
     params_by_group: dict[str, int] = field(default_factory=dict)
     quantisation: str | None = None
     ignored: list[dict[str, str | int]] = field(default_factory=list)
+    packed_bytes: dict[str, int] = field(default_factory=dict)
+    packed_files: dict[str, str] = field(default_factory=dict)
     kv_bytes_per_token: dict[str, int] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
     tokenizer: dict[str, object] = field(default_factory=dict)
@@ -96,23 +104,53 @@ class Checkup:
         self.problems.append(Problem(where, error.message, error.hint))
 
 
-def examine(path: Path, assistant: str | None = None) -> Checkup:
+def examine(path: Path, assistant: str | None = None, cache: PackedCache | None = None) -> Checkup:
     """Look at a target's or an assistant's directory.
 
     Args:
         assistant: the drafter to pair a target with; None looks for one.
+        cache: where to look for its packed weights.
     """
     found = Checkup(path)
     raw = _read_config(found)
     checkpoint = _open_weights(found)
     if found.model_type in ASSISTANT_TYPES:
-        _examine_assistant(found, raw, checkpoint)
+        config = _examine_assistant(found, raw, checkpoint)
+        if config is not None and checkpoint is not None:
+            note_packed(found, raw, checkpoint, config, config.text.dtype, cache)
         return found
-    config = _examine_target(found, raw, checkpoint)
+    target = _examine_target(found, raw, checkpoint)
+    if target is not None and checkpoint is not None:
+        note_packed(found, raw, checkpoint, target, target.dtype, cache)
     _read_text(found)
-    if config is not None:
-        _find_drafter(found, config, assistant)
+    if target is not None:
+        _find_drafter(found, target, assistant, cache)
     return found
+
+
+def note_packed(
+    found: Checkup,
+    raw: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    config: Gemma4Config | AssistantConfig,
+    dtype: str,
+    cache: PackedCache | None,
+) -> None:
+    """Count what the kernels' weights take in each format, and look for their files."""
+    drafter = isinstance(config, AssistantConfig)
+    formats: tuple[Format, ...] = ("w8", "bf16") if drafter else ("w4", "w8", "bf16")
+    for format in formats:
+        ops = CountingOps(format)
+        if isinstance(config, AssistantConfig):
+            synthetic_assistant(config, ops, 1)
+        else:
+            synthetic_target(config, ops, 1)
+        found.packed_bytes[format] = ops.n_bytes
+        if cache is None or found.problems or dtype not in DTYPES:
+            continue
+        path = cache.path(packing_key(checkpoint, raw, format, CANDIDATES, DTYPES[dtype]))
+        if path.exists():
+            found.packed_files[format] = str(path)
 
 
 def _read_config(found: Checkup) -> Mapping[str, Any]:
@@ -146,7 +184,7 @@ def _open_weights(found: Checkup) -> Checkpoint | None:
 
 def _examine_target(
     found: Checkup, raw: Mapping[str, Any], checkpoint: Checkpoint | None
-) -> Gemma4Config | None:
+) -> TargetConfig | None:
     if not raw:
         return None
     try:
@@ -156,7 +194,7 @@ def _examine_target(
     except ModelError as error:
         found.note("config", error)
         return None
-    found.shape = describe(config)
+    found.shape = family.describe(config)
     _count_memory(found, layers)
     _check_tensors(
         found,
@@ -181,7 +219,7 @@ def _examine_assistant(
     found.n_draft_default = config.n_draft_default
     head = f"ordered, {config.n_centroids} centroids" if config.ordered else "dense"
     found.shape = {
-        **describe(config.text),
+        **gemma4_config.describe(config.text),
         "target's hidden size": config.backbone_hidden_size,
         "head": head,
     }
@@ -256,7 +294,14 @@ def _read_text(found: Checkup) -> None:
     }
 
 
-def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> None:
+def _find_drafter(
+    found: Checkup, config: TargetConfig, asked: str | None, cache: PackedCache | None
+) -> None:
+    if not isinstance(config, Gemma4Config):
+        found.drafter_reason = (
+            "assistants are made for Gemma 4; give a smaller model by --assistant"
+        )
+        return
     try:
         choice = find_assistant(found.path, asked)
     except ModelError as error:
@@ -267,42 +312,15 @@ def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> No
         return
     drafter = Checkup(choice.path)
     found.drafter = drafter
-    assistant = _examine_assistant(drafter, _read_config(drafter), _open_weights(drafter))
+    raw, checkpoint = _read_config(drafter), _open_weights(drafter)
+    assistant = _examine_assistant(drafter, raw, checkpoint)
+    if assistant is not None and checkpoint is not None:
+        note_packed(drafter, raw, checkpoint, assistant, config.dtype, cache)
     if assistant is not None:
         try:
             gemma4_assistant.check_pair(config, assistant)
         except ModelError as error:
             drafter.note("pairing", error)
-
-
-def describe(config: Gemma4Config) -> dict[str, str | int | float]:
-    """A text model's shape in the terms of its config."""
-    kinds = Counter(kind.removesuffix("_attention") for kind in config.layer_types)
-    shape: dict[str, str | int | float] = {
-        "layers": f"{config.n_layers} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
-        "hidden size": config.hidden_size,
-        "MLP": config.intermediate_size,
-        "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
-        "window": config.sliding_window,
-        "type": config.dtype,
-    }
-    for kind in dict.fromkeys(config.layer_types):
-        heads = config.attention[config.layer_types.index(kind)]
-        values = ", values made from keys" if heads.k_eq_v else ""
-        shape[f"{kind.removesuffix('_attention')} heads"] = (
-            f"{heads.n_heads} query, {heads.n_kv_heads} key/value of {heads.head_dim}{values}"
-        )
-    if config.num_kv_shared_layers:
-        shape["layers that share keys and values"] = config.num_kv_shared_layers
-    if config.ple_size:
-        shape["per-layer embedding"] = config.ple_size
-    if config.moe is not None:
-        shape["experts"] = (
-            f"{config.moe.n_experts}, {config.moe.top_k} a token, "
-            f"inner size {config.moe.intermediate_size}"
-        )
-    return shape
 
 
 def _short(dtype: torch.dtype) -> str:

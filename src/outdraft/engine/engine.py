@@ -10,12 +10,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from outdraft import _core
 from outdraft.config import EngineConfig
 from outdraft.engine.costs import measure_costs
 from outdraft.engine.fit import build_memory
+from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
@@ -23,7 +21,6 @@ from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
-from outdraft.ops.base import Ops
 from outdraft.ops.reference import ReferenceOps
 from outdraft.request import FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
@@ -32,6 +29,7 @@ from outdraft.text.chat import ChatTemplate
 from outdraft.text.stream import IncrementalDetokenizer, StopStrings
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.find import resolve_model
+from outdraft.weights.loading import Loading
 
 
 @dataclass(slots=True)
@@ -84,17 +82,20 @@ class LLM:
     Args:
         model: `demo`, a directory, or a Hugging Face id that has been downloaded.
         config: how to load and run it.
+        loading: told how far loading is, and what went otherwise than expected.
 
     Raises:
         ModelError: the model, or a drafter that was asked for, cannot be used.
     """
 
-    def __init__(self, model: str, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: str, config: EngineConfig | None = None, loading: Loading | None = None
+    ) -> None:
         self.config = config or EngineConfig()
         path = resolve_model(model)
-        self.target = load_target(path, self.config)
-        set_threads(self.config.threads, compiled=is_compiled(self.target.ops))
-        self.pairing = build_drafter(self.target, self.config)
+        self.loading = loading or Loading()
+        self.target = load_target(path, self.config, self.loading)
+        self.pairing = build_drafter(self.target, self.config, TargetPass, self.loading)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
@@ -342,26 +343,6 @@ def completion_of(sequence: Sequence, text: str) -> Completion:
         logprobs=list(sequence.logprobs),
         prompt_logprobs=list(sequence.prompt_logprobs),
     )
-
-
-def set_threads(n_threads: int | None, *, compiled: bool) -> None:
-    """Give the processor to the kernels or to PyTorch, never to both.
-
-    A worker of the one that waits for its next call would spin on the core that the other needs:
-    with both on all cores, sampling ran at a fifth of its speed.
-
-    Args:
-        n_threads: None is PyTorch's own choice, whichever of the two has it now.
-        compiled: the kernels do the work.
-    """
-    n_threads = n_threads or max(torch.get_num_threads(), _core.threads())
-    torch.set_num_threads(1 if compiled else n_threads)
-    _core.set_threads(n_threads if compiled else 1)
-
-
-def is_compiled(ops: Ops) -> bool:
-    """Whether the compiled CPU kernels do the work."""
-    return ops.device.type == "cpu" and not isinstance(ops, ReferenceOps)
 
 
 def _each(params: SamplingParams) -> list[SamplingParams]:

@@ -9,10 +9,12 @@ import torch
 from outdraft.cache.memory import Memory, memory_bytes
 from outdraft.config import EngineConfig
 from outdraft.device import free_bytes
+from outdraft.engine.graphs import MAX_RECORDED_ROWS
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 
 SPARE_BYTES = 512 << 20  # kernels, graphs, and what the allocator cannot use
+ACTIVATIONS = 40  # numbers a row that a pass holds at once, in hidden sizes
 DEFAULT_SEQUENCES = 4
 
 
@@ -53,18 +55,9 @@ def build_memory(target: Target, config: EngineConfig, max_rows: int) -> Memory:
 
 
 def pass_bytes(target: Target, n_rows: int) -> int:
-    """About what a pass of n rows holds at once: its widest activations, and logits of some."""
-    config = target.config
-    widest = max(
-        config.n_layers * config.ple_size,
-        *(2 * config.mlp_size(layer) for layer in range(config.n_layers)),
-        *(2 * a.n_heads * a.head_dim for a in config.attention),
-    )
-    per_row = 4 * (3 * widest + 8 * config.hidden_size)
-    moe = config.moe
-    if moe is not None:
-        per_row += 4 * moe.top_k * (3 * moe.intermediate_size + config.hidden_size)
-    return n_rows * per_row + 64 * config.vocab_size * 4 * 2
+    """About what a pass of n rows holds at once: activations, and logits of those recorded."""
+    hidden, vocab = target.config.hidden_size, target.config.vocab_size
+    return 4 * (n_rows * ACTIVATIONS * hidden + 2 * MAX_RECORDED_ROWS * vocab)
 
 
 def _halves(most: int, least: int) -> list[int]:

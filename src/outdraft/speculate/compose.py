@@ -9,6 +9,8 @@ Shapes: B sequences, K draft length.
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
+import torch
+
 from outdraft.speculate.drafter import Draft, Drafter, Taps, TargetView
 from outdraft.speculate.ngram import NgramDrafter, point_masses
 
@@ -51,7 +53,11 @@ class NgramFirst:
             draft.tokens_BK[b, :width] = own.tokens_BK[i]
             draft.probs[b] = own.probs[i]
             draft.lengths[b] = own.lengths[i]
-        return draft
+        if own.confidence_BK is None:
+            return draft
+        confidence_BK = torch.full(draft.tokens_BK.shape, torch.nan)
+        confidence_BK[rest, :width] = own.confidence_BK
+        return replace(draft, confidence_BK=confidence_BK)
 
     def commit(self, view: TargetView, n_accepted: list[int]) -> None:
         """Tell each of the sequences that it drafted for."""

@@ -79,7 +79,7 @@ class Draft:
     `tokens_BK` is int64, of which the first `lengths[b]` count. `probs[b]` is None for a point mass
     (argmax, n-gram); otherwise the distributions fp32 [K, V] that the tokens were drawn from.
     `confidence_BK`, fp32, is the probability that the drafter itself gives each token (softmax of
-    its raw scores, whatever the request's parameters), where it knows.
+    its raw scores, whatever the request's parameters); NaN or None where it does not know.
     """
 
     tokens_BK: Tensor

@@ -22,10 +22,10 @@ from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, draws
 
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 ONE_STEP = 0  # as a number of steps: one, that the caller repeats with tokens of its own choice
-MAX_RECORDINGS = 16  # each keeps the scores of all its steps
+MAX_RECORDINGS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,16 @@ class _Call:
 class _Recording:
     """A recorded round, or one step of it, for a number of sequences.
 
-    `logits_BV` are the scores of the last step; `best` has the argmax of every step.
+    `best` has the argmax of every step and `sure` what softmax gives it. `logits_BV` are the scores
+    of `ONE_STEP`; rounds keep none.
     """
 
     call: _Call
     hidden_BH: Tensor
     program: Replayable
-    logits_BV: Tensor
+    logits_BV: Tensor | None
     best: list[Tensor]
+    sure: list[Tensor]
 
 
 class Gemma4AssistantDrafter:
@@ -64,11 +66,7 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
-        self.recorder: Recordable | None = None
-        # The centroid head scatters its scores, with an operation of PyTorch's.
-        ops = model.ops
-        if isinstance(ops, Recordable) and (model.ordering_CN is None or ops.records_all):
-            self.recorder = ops
+        self.recorder = model.ops if isinstance(model.ops, Recordable) else None
         self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
@@ -100,13 +98,13 @@ class Gemma4AssistantDrafter:
         position_T = pad_rows(call.position_B, ops.row_multiple)
         carried_TH = pad_rows(hidden_BH, ops.row_multiple)
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal carried_TH
             embedded_TH = view.embed(pad_rows(newest_B, ops.row_multiple))
             normed_Th = self.model.step(embedded_TH, carried_TH, position_T, call.attend)
             carried_TH = self.model.carry(normed_Th)
             logits_BV = self.model.logits(normed_Th)[:n]
-            return logits_BV, ops.argmax(logits_BV)
+            return logits_BV, *ops.best(logits_BV)
 
         return step
 
@@ -118,17 +116,19 @@ class Gemma4AssistantDrafter:
         own.program.replay()
         n = len(view.sequences)
         tokens_BK = torch.stack(own.best, dim=1).long().cpu()
-        return Draft(tokens_BK=tokens_BK, probs=[None] * n, lengths=[k] * n)
+        sure_BK = torch.stack(own.sure, dim=1).cpu()
+        return Draft(tokens_BK, [None] * n, [k] * n, confidence_BK=sure_BK)
 
     def _recorded_step(
         self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor
     ) -> Step:
         own = self._recording(ops, view, call, hidden_BH, ONE_STEP)
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             own.call.token_B.copy_(newest_B)
             own.program.replay()
-            return own.logits_BV, own.best[0]
+            assert own.logits_BV is not None
+            return own.logits_BV, own.best[0], own.sure[0]
 
         return step
 
@@ -156,23 +156,28 @@ class Gemma4AssistantDrafter:
         """
         assert isinstance(view.ops, Recordable)
 
-        def steps() -> tuple[Tensor, list[Tensor]]:
-            token_B, carried_BH = call.token_B, hidden_BH
+        def steps() -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+            token_B, carried_BH, logits_BV = call.token_B, hidden_BH, None
             best: list[Tensor] = []
+            sure: list[Tensor] = []
             for i in range(max(k, 1)):
                 embedded_BH = view.embed(token_B)
                 normed_Bh = self.model.step(embedded_BH, carried_BH, call.position_B, call.attend)
-                logits_BV = self.model.logits(normed_Bh)
-                token_B = self.model.ops.argmax(logits_BV)
+                if k == ONE_STEP:
+                    logits_BV = self.model.logits(normed_Bh)
+                    token_B, sure_B = self.model.ops.best(logits_BV)
+                else:
+                    token_B, sure_B = self.model.best(normed_Bh)
                 best.append(token_B)
+                sure.append(sure_B)
                 if i + 1 < k or k == ONE_STEP:
                     carried_BH = self.model.carry(normed_Bh)
             if k == ONE_STEP:
                 ops.copy_rows(carried_BH, hidden_BH)
-            return logits_BV, best
+            return logits_BV, best, sure
 
-        program, (logits_BV, best) = record(steps, ops, view.ops)
-        return _Recording(call, hidden_BH, program, logits_BV, best)
+        program, made = record(steps, ops, view.ops)
+        return _Recording(call, hidden_BH, program, *made)
 
     def _prepare(self, memory: Memory, sequences: Sequence[SequenceView]) -> "_Call":
         """One query a sequence, over the keys that the target has verified."""

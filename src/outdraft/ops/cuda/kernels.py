@@ -1,6 +1,7 @@
 """Triton kernels beside the products (linears.py); no other row can change the order of a sum.
 
-Attention takes a row's keys page by page and merges the parts in order. Not here: allocation and launching (ops.py).
+Attention takes a row's keys page by page and merges the parts in order. Not here: allocation and
+launching (ops.py, attention.py).
 """
 
 # mypy: ignore-errors
@@ -60,21 +61,28 @@ def norm_kernel(x, residual, w, w_next, y, normed, K, eps, scale, ADD: tl.conste
     k = tl.arange(0, BLOCK)
     mask = k < K
     v = tl.load(x + row * K + k, mask=mask, other=0.0).to(tl.float32)
+    # All that is read is asked for before the first sum: no other work hides what a read takes.
+    if HAS_W:
+        gain = tl.load(w + k, mask=mask, other=0.0)
+    if ADD:
+        r = tl.load(residual + row * K + k, mask=mask, other=0.0).to(tl.float32)
+        if HAS_NEXT:
+            gain_next = tl.load(w_next + k, mask=mask, other=0.0)
     v = v * (1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps))
     if HAS_W:
-        v = v * tl.load(w + k, mask=mask, other=0.0)
+        v = v * gain
     if ADD:
-        v = (tl.load(residual + row * K + k, mask=mask, other=0.0).to(tl.float32) + v) * scale
+        v = (r + v) * scale
         tl.store(y + row * K + k, v, mask=mask)
         v = v * (1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps))
         if HAS_NEXT:
-            v = v * tl.load(w_next + k, mask=mask, other=0.0)
+            v = v * gain_next
     tl.store(normed + row * K + k, v, mask=mask)
 
 
 @triton.jit
 def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE, S_STRIDE, eps,
-                D: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
+                D: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
                 PAGED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm and rotation of one head; into pages [P, G, S, D] when PAGED."""
     begin(PDL)
@@ -83,8 +91,9 @@ def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE
     i = tl.arange(0, D // 2)
     a = tl.load(x + t * t_stride + g * D + i).to(tl.float32)
     b = tl.load(x + t * t_stride + g * D + D // 2 + i).to(tl.float32)
-    r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-    a, b = a * r, b * r
+    if NORM:
+        r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+        a, b = a * r, b * r
     if HAS_W:
         a = a * tl.load(w + i)
         b = b * tl.load(w + D // 2 + i)
@@ -102,62 +111,82 @@ def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE
 
 
 @triton.jit
-def gated_kernel(gate, up, out, g_stride, u_stride, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """gelu_tanh(gate) * up."""
+def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """gelu_tanh(gate) * up, or silu(gate) * up."""
     begin(PDL)
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * g_stride + k, mask=k < K, other=0.0).to(tl.float32)
     u = tl.load(up + row * u_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-    tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
-    tl.store(out + row * K + k, 0.5 * g * (1.0 + tanh) * u, mask=k < K)
+    if SILU:
+        v = g / (1.0 + tl.exp(-g))
+    else:
+        z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
+        v = 0.5 * g * (1.0 + tanh)
+    tl.store(out + row * K + k, v * u, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["width", "n_splits"])
+@triton.jit(do_not_specialize=["n_rows", "width", "n_splits"])
 def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, part, stats, scale,
-                     width, n_splits, G, D: tl.constexpr, GROUP: tl.constexpr,
+                     n_rows, width, n_splits, G, D: tl.constexpr, GROUP: tl.constexpr,
                      GP: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
                      PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """One row, one key/value head, one page of its keys: unnormalised sums, maxima, totals."""
+    """One page of one key/value head for a few rows: unnormalised sums, maxima, totals.
+
+    Rows of a sequence whose last keys follow one another and have the same quotient by R go
+    together: the program of the first reads the page once for all of them, those of the others
+    end at once. Each row has its own line of every product.
+    """
     begin(PDL)
+    R: tl.constexpr = GP // GROUP
     t = tl.program_id(0)
     g = tl.program_id(1)
-    split = tl.program_id(2)
-    lo, hi = tl.load(lo_T + t), tl.load(hi_T + t)
-    start = (lo // SLOTS + split) * SLOTS
-    if start <= hi:
-        h = tl.arange(0, GP)
-        d = tl.arange(0, D)
-        n_heads = G * GROUP
-        head = g * GROUP + h
-        real = h < GROUP
-        b = tl.load(sequence + t)
-        first = tl.load(first_page + b)
-        page = tl.load(table + b * width + start // SLOTS - first).to(tl.int64)
-        q_HD = tl.load(q + (t * n_heads + head[:, None]) * D + d[None, :],
-                       mask=real[:, None], other=0.0).to(keys.dtype.element_ty).to(DOT)  # fmt: skip
-        top = tl.full((GP,), -1e30, tl.float32)
-        total = tl.zeros((GP,), tl.float32)
-        acc = tl.zeros((GP, D), tl.float32)
-        for tile in tl.static_range(SLOTS // TILE):
-            slot = tile * TILE + tl.arange(0, TILE)
-            p = start + slot
-            at = ((page * G + g) * SLOTS + slot)[:, None] * D + d[None, :]
-            k_PD = tl.load(keys + at).to(DOT)
-            v_PD = tl.load(values + at)
-            s = tl.dot(q_HD, k_PD.T) * scale
-            s = tl.where(((p >= lo) & (p <= hi))[None, :], s, float("-inf"))
-            new = tl.maximum(top, tl.max(s, 1))
-            w = tl.exp(s - new[:, None])
-            fade = tl.exp(top - new)
-            total = total * fade + tl.sum(w, 1)
-            acc = tl.dot(w.to(v_PD.dtype).to(DOT), v_PD.to(DOT), acc * fade[:, None])
-            top = new
-        row = ((t * n_splits + split) * n_heads + head).to(tl.int64)
-        tl.store(part + row[:, None] * D + d[None, :], acc, mask=real[:, None])
-        tl.store(stats + row * 2, top, mask=real)
-        tl.store(stats + row * 2 + 1, total, mask=real)
+    b, hi = tl.load(sequence + t), tl.load(hi_T + t)
+    before = tl.maximum(t - 1, 0)
+    follows = (tl.load(sequence + before) == b) & (tl.load(hi_T + before) + 1 == hi)
+    if (t == 0) | (follows == 0) | (hi % R == 0):
+        m = tl.arange(0, GP)
+        r = m // GROUP
+        row = tl.minimum(t + r, n_rows - 1)
+        real = (r < R) & (t + r < n_rows) & (tl.load(sequence + row) == b)
+        hi_M, lo_M = tl.load(hi_T + row), tl.load(lo_T + row)
+        real &= (hi_M == hi + r) & (hi_M // R == hi // R)
+        page = tl.min(tl.where(real, lo_M, 2147483647), 0) // SLOTS + tl.program_id(2)
+        start = page * SLOTS
+        if start <= tl.max(tl.where(real, hi_M, -1), 0):
+            d = tl.arange(0, D)
+            n_heads = G * GROUP
+            head = g * GROUP + m % GROUP
+            at_page = tl.load(table + b * width + page - tl.load(first_page + b)).to(tl.int64)
+            at_q = (row * n_heads + head)[:, None].to(tl.int64) * D + d[None, :]
+            q_MD = tl.load(q + at_q, mask=real[:, None], other=0.0)
+            q_MD = q_MD.to(keys.dtype.element_ty).to(DOT)
+            top = tl.full((GP,), -1e30, tl.float32)
+            total = tl.zeros((GP,), tl.float32)
+            acc = tl.zeros((GP, D), tl.float32)
+            for tile in tl.static_range(SLOTS // TILE):
+                slot = tile * TILE + tl.arange(0, TILE)
+                p = start + slot
+                at = ((at_page * G + g) * SLOTS + slot)[:, None] * D + d[None, :]
+                k_PD = tl.load(keys + at).to(DOT)
+                v_PD = tl.load(values + at)
+                s = tl.dot(q_MD, k_PD.T) * scale
+                seen = (p[None, :] >= lo_M[:, None]) & (p[None, :] <= hi_M[:, None])
+                s = tl.where(seen, s, float("-inf"))
+                new = tl.maximum(top, tl.max(s, 1))
+                w = tl.exp(s - new[:, None])
+                fade = tl.exp(top - new)
+                total = total * fade + tl.sum(w, 1)
+                acc = tl.dot(w.to(v_PD.dtype).to(DOT), v_PD.to(DOT), acc * fade[:, None])
+                top = new
+            split = page - lo_M // SLOTS
+            stored = real & (split >= 0) & (start <= hi_M)
+            at_part = ((row * n_splits + split) * n_heads + head).to(tl.int64)
+            tl.store(part + at_part[:, None] * D + d[None, :], acc, mask=stored[:, None])
+            tl.store(stats + at_part * 2, top, mask=stored)
+            tl.store(stats + at_part * 2 + 1, total, mask=stored)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
@@ -224,8 +253,11 @@ def softcap_kernel(logits, cap, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def best_kernel(logits, value, index, V, n_parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Largest of one part of a row and its lowest place; what is no number counts as infinite."""
+def best_kernel(logits, value, index, mass, V, n_parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Largest of one part of a row, its lowest place, and the sum of exp of all less it.
+
+    What is no number counts as infinite.
+    """
     begin(PDL)
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -235,14 +267,19 @@ def best_kernel(logits, value, index, V, n_parts, BLOCK: tl.constexpr, PDL: tl.c
     top = tl.max(v, 0)
     tl.store(value + t * n_parts + part, top)
     tl.store(index + t * n_parts + part, tl.min(tl.where(v == top, i, 2147483647), 0))
+    tl.store(mass + t * n_parts + part, tl.sum(tl.exp(v - tl.maximum(top, -1e30)), 0))
 
 
 @triton.jit
-def best_merge_kernel(value, index, out, n_parts, PARTS: tl.constexpr, PDL: tl.constexpr):
-    """The lowest place of a row's largest."""
+def best_merge_kernel(value, index, mass, out, sure, n_parts, PARTS: tl.constexpr,
+                      PDL: tl.constexpr):  # fmt: skip
+    """The lowest place of a row's largest, and what softmax gives it."""
     begin(PDL)
     t = tl.program_id(0)
     i = tl.arange(0, PARTS)
     v = tl.load(value + t * n_parts + i, mask=i < n_parts, other=float("-inf"))
     at = tl.load(index + t * n_parts + i, mask=i < n_parts, other=2147483647)
-    tl.store(out + t, tl.min(tl.where(v == tl.max(v, 0), at, 2147483647), 0))
+    sums = tl.load(mass + t * n_parts + i, mask=i < n_parts, other=0.0)
+    top = tl.max(v, 0)
+    tl.store(out + t, tl.min(tl.where(v == top, at, 2147483647), 0))
+    tl.store(sure + t, 1.0 / tl.sum(sums * tl.exp(v - top), 0))

@@ -1,10 +1,10 @@
 """Triton kernels of products with weights, whose sums run in an order no other row can change.
 
 A linear multiplies blocks of 16 padded rows: tiles and the split of K are the weight's, never the
-call's. Kernels are launched before their predecessor is done and wait for it themselves (programmatic
-dependent launch). Small kernels let the next one come at once, linears when their sums are done, so
-that the next linear waits beside small kernels; weights depend on nothing, and it asks for its first
-tiles before it waits. Not here: the other kernels (kernels.py), how weights are packed (weights.py).
+call's. Kernels are launched before their predecessor is done and wait for it themselves
+(programmatic dependent launch). Small kernels let the next one come at once, those of products when
+their sums are done: what waits must not take the room of what works. Not here: the other kernels
+(kernels.py), how weights are packed (weights.py).
 """
 
 # mypy: ignore-errors
@@ -22,23 +22,17 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def wait(PDL: tl.constexpr):
+    """What the last kernel wrote may be read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def release(PDL: tl.constexpr):
     """The next kernel may be launched: there is room for it as programs of this one end."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(pointers):
-    """Ask the level-2 cache for the lines that these point to."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -65,23 +59,17 @@ def finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT: tl.constexpr)
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
                   SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-                  AHEAD: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+                  TILES: tl.constexpr, PDL: tl.constexpr,
                   DOT: tl.constexpr):  # fmt: skip
     """One [16, BN] tile of one part of K of a bf16 weight; EVEN: tiles cover N and K exactly.
 
-    AHEAD tiles are asked for before the predecessor is done. TILES is n_tiles for Triton's
-    interpreter, which has no loops of a run-time length, else 0.
+    TILES is n_tiles for Triton's interpreter, which has no loops of a run-time length, else 0.
     """
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     first = tl.program_id(2) * n_tiles * BK
     ks = tl.arange(0, BK)
-    if PDL:
-        line = tl.minimum(cols, N - 1).to(tl.int64) * K
-        for tile in tl.static_range(AHEAD):
-            ahead = first + tile * BK + 64 * tl.arange(0, BK // 64)
-            prefetch(w + line[:, None] + tl.minimum(ahead, K - 1)[None, :])
-        tl.extra.cuda.gdc_wait()
+    wait(PDL)
     acc = tl.zeros((16, BN), tl.float32)
     for tile in range(TILES if TILES > 0 else n_tiles):
         k = first + tile * BK + ks
@@ -102,19 +90,14 @@ def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def sliced_kernel(x, w, out, n_rows, n_tiles, N, K, x_stride, SLICES: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
                   PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """As linear_kernel, for few outputs: each warp sums a part of K, and the parts add in order."""
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     ks = tl.arange(0, SLICES)[:, None] * (n_tiles * BK) + tl.arange(0, BK)[None, :]
     at = tl.minimum(cols, N - 1).to(tl.int64) * K
-    if PDL:
-        line = tl.arange(0, SLICES)[:, None] * (n_tiles * BK) + 64 * tl.arange(0, BK // 64)[None, :]
-        for tile in tl.static_range(AHEAD):
-            ahead = tl.minimum(line + tile * BK, K - 1)
-            prefetch(w + at[None, :, None] + ahead[:, None, :])
-        tl.extra.cuda.gdc_wait()
+    wait(PDL)
     acc = tl.zeros((SLICES, 16, BN), tl.float32)
     for tile in range(TILES if TILES > 0 else n_tiles):
         k = ks + tile * BK
@@ -213,7 +196,7 @@ def plane(x, rows, k, n_rows, K, x_stride, DOT: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_blocks, s_stride,
                   x_stride, BITS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
-                  AHEAD: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr,
+                  TILES: tl.constexpr, ASM: tl.constexpr,
                   PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """As linear_kernel, of 4- or 8-bit weights, 128 inputs a tile.
 
@@ -229,11 +212,7 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
     base = (
         w + tl.minimum(cols // 64, (N - 1) // 64).to(tl.int64) * n_blocks * (64 * W) + cols % 64 * W
     )
-    if PDL:
-        for tile in tl.static_range(AHEAD):
-            next = tl.minimum(first + tile, n_blocks - 1)
-            prefetch(base + next.to(tl.int64) * (64 * W))
-        tl.extra.cuda.gdc_wait()
+    wait(PDL)
     acc = tl.zeros((16, BN), tl.float32)
     for tile in range(TILES if TILES > 0 else n_tiles):
         block = first + tile
@@ -294,8 +273,7 @@ def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
     Every sixteenth pair of a block leads: its program reads the block's weights once for itself
     and the up to 15 pairs of the block behind it. A row's sum runs over K alone.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait(PDL)
     lead = tl.program_id(1)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     q = tl.arange(0, PAIRS)

@@ -15,8 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
+from outdraft.ops.base import (
+    Activation,
+    AttentionRows,
+    KvPages,
+    PageSlots,
+    Role,
+    Rotary,
+)
 from outdraft.ops.cuda import kernels, linears
+from outdraft.ops.cuda.attention import attend
 from outdraft.ops.cuda.cuts import Cut, cut_of
 from outdraft.ops.cuda.graph import GraphProgram
 from outdraft.ops.cuda.weights import CudaWeight, pack
@@ -24,9 +32,7 @@ from outdraft.ops.packed import Format
 from outdraft.ops.record import Replayable
 from outdraft.ops.stored import StoredWeight
 
-MERGED = 16  # parts of attention merged at once
 MAX_PAIRS = 1024
-PART_BYTES = 64 << 20  # partial sums of attention held at once
 BEST_PART = 4096
 BLOCK = 1024
 
@@ -163,7 +169,7 @@ class CudaOps:
             n_tiles = triton.cdiv(triton.cdiv(k, cut.tile_k), cut.slices)
             linears.sliced_kernel[grid[:2]](
                 x_TK, weight.data, out, t, n_tiles, n, k, x_TK.stride(0), SLICES=cut.slices,
-                BN=cut.tile_n, BK=cut.tile_k, AHEAD=min(cut.ahead, n_tiles), DOT=self._dot,
+                BN=cut.tile_n, BK=cut.tile_k, DOT=self._dot,
                 TILES=0 if self._on_card else n_tiles, num_warps=cut.slices,
                 num_stages=cut.stages, **self._launch,
             )  # fmt: skip
@@ -171,7 +177,7 @@ class CudaOps:
         tile_k = cut.tile_k if weight.bits == 16 else 128
         n_tiles = triton.cdiv(triton.cdiv(k, tile_k), cut.split)
         shared = {"SPLIT": cut.split, "BN": cut.tile_n, "num_warps": cut.warps,
-                  "num_stages": cut.stages, "AHEAD": min(cut.ahead, n_tiles), "DOT": self._dot,
+                  "num_stages": cut.stages, "DOT": self._dot,
                   "TILES": 0 if self._on_card else n_tiles, **self._launch}  # fmt: skip
         if weight.bits == 16:
             even = n % cut.tile_n == 0 and n_tiles * cut.split * tile_k == k
@@ -239,7 +245,7 @@ class CudaOps:
         return out
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
         """See `Ops.norm_rope`."""
         out = self._empty(*x_THD.shape, dtype=x_THD.dtype)
@@ -255,7 +261,7 @@ class CudaOps:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """See `Ops.write_heads`."""
         assert scales_PGS is None
@@ -266,7 +272,7 @@ class CudaOps:
         x_TGD: Tensor,
         weight_D: Tensor | None,
         rotary: Rotary | None,
-        eps: float,
+        eps: float | None,
         out: Tensor,
         slots: PageSlots | None,
     ) -> None:
@@ -278,56 +284,24 @@ class CudaOps:
         kernels.head_kernel[(t, g)](
             x_TGD, x_TGD if weight_D is None else weight_D, cos, sin, position,
             x_TGD if slots is None else slots.page_T, x_TGD if slots is None else slots.slot_T,
-            out, x_TGD.stride(0), g, out.stride(0), out.stride(1), eps, D=d,
-            HAS_W=weight_D is not None, ROPE=rotary is not None, PAGED=slots is not None,
-            **self._launch,
+            out, x_TGD.stride(0), g, out.stride(0), out.stride(1), eps or 0.0, D=d,
+            NORM=eps is not None, HAS_W=weight_D is not None, ROPE=rotary is not None,
+            PAGED=slots is not None, **self._launch,
         )  # fmt: skip
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`; bf16, which linears read."""
         t, k = gate_TK.shape
         out = self._empty(t, k, dtype=torch.bfloat16)
         kernels.gated_kernel[(t, triton.cdiv(k, BLOCK))](
-            gate_TK, up_TK, out, gate_TK.stride(0), up_TK.stride(0), k, BLOCK=BLOCK, **self._launch
-        )
+            gate_TK, up_TK, out, gate_TK.stride(0), up_TK.stride(0), k,
+            SILU=activation == "silu", BLOCK=BLOCK, **self._launch,
+        )  # fmt: skip
         return out
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """See `Ops.attention`; bf16, which linears read."""
-        t, h, d = q_THD.shape
-        n_splits = rows.table_BP.shape[1]
-        q_THD, out = q_THD.contiguous(), self._empty(t, h, d, dtype=torch.bfloat16)
-        step = max(1, PART_BYTES // (4 * n_splits * h * d))
-        for first in range(0, t, step):
-            some = slice(first, first + step)
-            self._attend(q_THD[some], kv, rows, some, out[some], n_splits, scale)
-        return out
-
-    def _attend(
-        self,
-        q_THD: Tensor,
-        kv: KvPages,
-        rows: AttentionRows,
-        some: slice,
-        out: Tensor,
-        n_splits: int,
-        scale: float,
-    ) -> None:
-        t, h, d = q_THD.shape
-        g, width = kv.k_PGSD.shape[1], rows.table_BP.shape[1]
-        part, stats = self._empty(t, n_splits, h, d), self._empty(t, n_splits, h, 2)
-        lo_T, hi_T = rows.lo_T[some], rows.hi_T[some]
-        kernels.attention_kernel[(t, g, n_splits)](
-            q_THD, kv.k_PGSD, kv.v_PGSD, rows.table_BP, rows.first_page_B, rows.sequence_T[some],
-            lo_T, hi_T, part, stats, scale, width, n_splits, g, D=d, GROUP=h // g,
-            GP=max(16, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
-            TILE=32 if d > 256 else 64, DOT=self._dot, num_warps=8 if d > 128 else 4,
-            **self._launch,
-        )  # fmt: skip
-        kernels.attention_merge_kernel[(t, h, triton.cdiv(d, 128))](
-            part, stats, lo_T, hi_T, out, n_splits, h, D=d, BD=min(d, 128), SLOTS=PAGE_SLOTS,
-            PARTS=MERGED, **self._launch,
-        )  # fmt: skip
+        return attend(q_THD.contiguous(), kv, rows, scale, self._dot, self._launch)
 
     def route(
         self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
@@ -350,12 +324,15 @@ class CudaOps:
         down: CudaWeight,
         ids_TA: Tensor,
         weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`."""
         t, count = ids_TA.shape
         inner, k = down.k, x_TK.shape[1]
         both = self._blocks(x_TK, gate_up, ids_TA, per_pair=False)
-        y = self._blocks(self.gated(both[:, :inner], both[:, inner:]), down, ids_TA, per_pair=True)
+        y = self._blocks(
+            self.gated(both[:, :inner], both[:, inner:], activation), down, ids_TA, per_pair=True
+        )
         out = self._empty(t, k)
         kernels.combine_kernel[(t, triton.cdiv(k, BLOCK))](
             y, weights_TA, out, k, A=count, BLOCK=BLOCK, **self._launch
@@ -386,11 +363,10 @@ class CudaOps:
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
     ) -> Tensor:
         """See `Ops.score_blocks`."""
-        n_rows = x_TK.shape[0]
         scores = self._blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
-        logits_TV = torch.full((n_rows, n_vocab), float("-inf"), device=self.device)
+        logits_TV = torch.full((x_TK.shape[0], n_vocab), float("-inf"), device=self.device)
         ids_TX = ids_CN[chosen_TA.long()].flatten(1).long()
-        return logits_TV.scatter_(1, ids_TX, scores.view(n_rows, -1))
+        return logits_TV.scatter_(1, ids_TX, scores.view(ids_TX.shape))
 
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
         """See `Ops.softcap`; in place."""
@@ -402,17 +378,29 @@ class CudaOps:
 
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """See `Ops.argmax`."""
+        return self.best(logits_TV)[0]
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops.best`."""
         t, v = logits_TV.shape
         n_parts = triton.cdiv(v, BEST_PART)
-        value, index = self._empty(t, n_parts), self._empty(t, n_parts, dtype=torch.int32)
-        out = self._empty(t, dtype=torch.int32)
+        value, mass = self._empty(t, n_parts), self._empty(t, n_parts)
+        index = self._empty(t, n_parts, dtype=torch.int32)
+        out, sure = self._empty(t, dtype=torch.int32), self._empty(t)
         kernels.best_kernel[(t, n_parts)](
-            logits_TV, value, index, v, n_parts, BLOCK=BEST_PART, num_warps=8, **self._launch
+            logits_TV, value, index, mass, v, n_parts, BLOCK=BEST_PART, num_warps=8, **self._launch
         )
         kernels.best_merge_kernel[(t,)](
-            value, index, out, n_parts, PARTS=triton.next_power_of_2(n_parts), **self._launch
-        )
-        return out
+            value, index, mass, out, sure, n_parts, PARTS=triton.next_power_of_2(n_parts),
+            **self._launch,
+        )  # fmt: skip
+        return out, sure
+
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.best_of_blocks`."""
+        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=dtype)
