@@ -72,6 +72,10 @@ class _AbsentCore:
         """None."""
         return []
 
+    def packed_layout(self) -> str:
+        """That of no weights."""
+        return "none"
+
     def set_threads(self, n_threads: int) -> None:
         """Nothing to set."""
 

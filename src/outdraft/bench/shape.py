@@ -8,12 +8,10 @@ than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape
 
 import random
 import sys
-from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,12 +19,18 @@ import torch
 from torch import Tensor
 
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
+from outdraft.bench.made_up import (
+    FILL_ROWS,
+    SEQUENCE,
+    NoText,
+    as_target,
+    fill_context,
+    made_up_ops,
+)
 from outdraft.bench.shapes import Shape
 from outdraft.bench.stopwatch import Stopwatch, clock
 from outdraft.bench.synthetic import (
     CountingOps,
-    SyntheticOps,
-    repeat_into,
     synthetic_assistant,
     synthetic_target,
 )
@@ -40,21 +44,15 @@ from outdraft.engine.runner import Runner
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
 from outdraft.models.gemma4 import Gemma4, memory_layers
-from outdraft.models.gemma4_config import Gemma4Config
-from outdraft.models.registry import GEMMA4, Target
-from outdraft.ops.base import PAGE_SLOTS, Ops
 from outdraft.ops.packed import Format
 from outdraft.request import Request, SamplingParams
 from outdraft.speculate.drafter import SequenceView, TargetView
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
-from outdraft.text.stream import IncrementalDetokenizer, StopStrings
-from outdraft.weights.load import LoadReport
+from outdraft.text.stream import StopStrings
 
 MAX_ROWS = 8
-FILL_ROWS = 4 * PAGE_SLOTS
 READ_BYTES = 1 << 30
 SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
-SEQUENCE = "synthetic"
 FIRST_TOKEN = 2
 
 
@@ -349,43 +347,12 @@ class Rig:
         return parts
 
 
-class NoText(IncrementalDetokenizer):
-    """Made-up tokens have no text."""
-
-    def __init__(self) -> None:
-        """Without a tokenizer."""
-
-    def push(self, token_id: int) -> str:
-        """Nothing."""
-        return ""
-
-    def flush(self) -> str:
-        """Nothing."""
-        return ""
-
-
-def as_target(config: Gemma4Config, model: Gemma4, ops: Ops, n_positions: int) -> Target:
-    """A target that was loaded from nowhere."""
-    nothing = LoadReport(0, 0, Counter(), ())
-    where = Path(SEQUENCE)
-    return Target(where, GEMMA4, config, model, nothing, torch.bfloat16, ops, n_positions)
-
-
 def weight_bytes(shape: Shape, settings: Settings) -> int:
     """Packed bytes of target and assistant, before there are any."""
     ops, draft_ops = CountingOps(settings.quant), CountingOps(settings.draft_format)
     synthetic_target(shape.target, ops, 1)
     synthetic_assistant(shape.assistant, draft_ops, 1)
     return ops.n_bytes + draft_ops.n_bytes
-
-
-def made_up_ops(device: torch.device, format: Format) -> Any:
-    """Operations over made-up weights, on a CPU or a GPU."""
-    if device.type == "cpu":
-        return SyntheticOps(format)
-    from outdraft.bench.cuda_synthetic import cuda_ops
-
-    return cuda_ops(device, format)
 
 
 def check_fits(name: str, n_bytes: int, device: torch.device = CPU) -> None:
@@ -400,18 +367,3 @@ def check_fits(name: str, n_bytes: int, device: torch.device = CPU) -> None:
             f"{name} needs {(n_bytes + SPARE_BYTES) / 1e9:.1f} GB and {free / 1e9:.1f} are free",
             "use fewer bits (--quant w4), a smaller shape, or a shorter --context",
         )
-
-
-def fill_context(memory: Memory, n_tokens: int) -> None:
-    """A sequence of n positions with random keys and values."""
-    memory.open(SEQUENCE)
-    for start in range(0, n_tokens, FILL_ROWS):
-        n_rows = min(FILL_ROWS, n_tokens - start)
-        memory.reserve(SEQUENCE, n_rows)
-        memory.advance(SEQUENCE, n_rows)
-        memory.trim(SEQUENCE)
-    for group in memory.groups.values():
-        for store in group.layers.values():
-            pattern = torch.randn(PAGE_SLOTS * store.k_PGSD.shape[3]).to(store.k_PGSD)
-            repeat_into(store.k_PGSD.view(-1), pattern)
-            repeat_into(store.v_PGSD.view(-1), pattern)

@@ -308,8 +308,7 @@ class CudaOps:
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.route`."""
         t, e = scores_TE.shape
-        ids_TA = self._empty(t, count, dtype=torch.int32)
-        weights_TA = self._empty(t, count)
+        ids_TA, weights_TA = self._empty(t, count, dtype=torch.int32), self._empty(t, count)
         kernels.route_kernel[(t,)](
             scores_TE, scores_TE if per_expert_E is None else per_expert_E, ids_TA, weights_TA, e,
             A=count, SCALED=per_expert_E is not None, BLOCK=triton.next_power_of_2(e),
