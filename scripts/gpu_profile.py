@@ -6,7 +6,6 @@ import pstats
 import sys
 import time
 from collections import defaultdict
-from dataclasses import replace
 from statistics import median
 
 import torch
@@ -15,8 +14,6 @@ from outdraft.bench.shape import SEQUENCE, Rig, Settings
 from outdraft.bench.shapes import find_shape
 from outdraft.device import find_device
 from outdraft.engine.plan import StepPlan, Work
-from outdraft.ops.cuda import ops as cuda_ops
-from outdraft.ops.cuda.cuts import cut_of
 
 
 def kernel_times(replay, n=3, most=14):
@@ -45,8 +42,7 @@ def graph_us(program, n=12):
     return median(times)
 
 
-def variant(rig, pdl, ahead):
-    cuda_ops.cut_of = lambda n, k, bits: replace(cut_of(n, k, bits), ahead=ahead)
+def variant(rig, pdl):
     for ops in (rig.ops, rig.drafter.model.ops):
         ops.pdl = pdl
     rig.runner.target_pass.recordings.clear()
@@ -57,10 +53,36 @@ def variant(rig, pdl, ahead):
         found.append(graph_us(rig.ops.programs[-1]))
     draft_s = rig.time_draft_step(3, 5)
     print(
-        f"  pdl {pdl!s:5} ahead {ahead}: 1 row {found[0]:.0f} us, 4 rows {found[1]:.0f},"
+        f"  pdl {pdl!s:5}: 1 row {found[0]:.0f} us, 4 rows {found[1]:.0f},"
         f" draft step {draft_s * 1e6:.0f}",
         flush=True,
     )
+
+
+def sections(rig):
+    """Where the host's time of a step goes, each part behind a synchronisation."""
+    from outdraft.cache.attend import CausalCall
+    from outdraft.cache.memory import Span
+
+    target_pass, spent = rig.runner.target_pass, defaultdict(list)
+
+    def clock(name, call):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call()
+        spent[name].append((time.perf_counter() - start) * 1e6)
+        torch.cuda.synchronize()
+        return result
+
+    spans = [Span(SEQUENCE, 0, 1)]
+    for _ in range(30):
+        rig.memory.reserve(SEQUENCE, 1)
+        call = clock("prepare", lambda: CausalCall.prepare(rig.memory, rig.ops, spans, [2]))
+        own = next(r for r in target_pass.recordings.values() if r.call.token_T.shape[0] == 1)
+        clock("copy", lambda own=own, call=call: own.call.numbers.copy_(call.numbers))
+        clock("graph launch", own.program.graph.replay)
+        clock("result", own.best_T.cpu)
+    print("  " + ", ".join(f"{name} {median(times):.0f} us" for name, times in spent.items()))
 
 
 def host_profile(rig):
@@ -86,12 +108,12 @@ def main(asked):
         decoding = rig.decode(12)
         step_us = decoding.seconds * 1e6
         print(f"{one}: step {step_us:.0f} us, outside {step_us * decoding.python_share:.0f} us")
-        for pdl, ahead in ((True, 0), (True, 2), (True, 4), (True, 8), (False, 0)):
-            variant(rig, pdl, ahead)
-        rig.run([2])
-        kernel_times(rig.ops.programs[-1].graph.replay)
-        variant(rig, True, 4)
+        for pdl in (True, False):
+            variant(rig, pdl)
+        kernel_times(rig.ops.programs[-2].graph.replay)
+        variant(rig, True)
         if one == asked[0]:
+            sections(rig)
             host_profile(rig)
             rig.ops.pdl = rig.drafter.model.ops.pdl = False
             rig.drafter.recordings.clear()

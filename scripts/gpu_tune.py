@@ -1,12 +1,12 @@
 """Measures how each linear of the published shapes is best cut on this GPU; prints cuts.py's table.
 
-`gpu_tune.py compile I N` compiles the I-th of N parts of what will be measured, so that N processes
-can do it side by side; `gpu_tune.py measure OUT.json [SHAPE:QUANT …]` measures.
+`gpu_tune.py compile I N [SHAPE:QUANT …]` compiles the I-th of N parts of what will be measured, so
+that N processes can do it side by side; `gpu_tune.py measure OUT.json [SHAPE:QUANT …]` measures.
 """
 
 import json
 import sys
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from itertools import product
 from statistics import median
 
@@ -69,21 +69,20 @@ def shapes_of(asked):
 
 
 def candidates(n, k, quant):
+    """Cuts to try: a number of programs a little above what runs at once is the worst."""
     if quant == "bf16":
         tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (64, 64, 4, 6), (32, 128, 4, 6)]
-        sliced = [(16, 64, 4, 4), (16, 128, 4, 3), (32, 64, 4, 4), (32, 128, 4, 3), (16, 64, 8, 4),
-                  (32, 64, 8, 3), (64, 64, 4, 4), (64, 64, 2, 5), (16, 64, 4, 6)]  # fmt: skip
+        sliced = [(16, 64, 4, 4), (32, 128, 4, 3), (64, 64, 2, 5)]
     else:
-        tiles = [(128, 128, 2, 4), (128, 128, 4, 4), (64, 128, 2, 4), (128, 128, 2, 6),
-                 (128, 128, 2, 3), (64, 128, 4, 4)]  # fmt: skip
+        tiles = [(128, 128, 2, 3), (128, 128, 4, 3), (64, 128, 2, 3), (64, 128, 4, 3)]
         sliced = []
-    for tile, split in product(tiles, (1, 2, 4, 8)):
-        if split > 1 and (k // split < 512 or n // tile[0] * split > 132 * 8):
-            continue
-        yield Cut(*tile, split, 2)
+    for tile, split in product(tiles, (1, 2, 3, 4, 5, 6, 8, 12)):
+        n_programs = -(-n // tile[0]) * split
+        if split == 1 or (k // split >= 384 and n_programs <= 132 * 12):
+            yield Cut(*tile, split)
     for tile_n, tile_k, slices, stages in sliced:
         if n * k < 120e6 and k >= slices * tile_k:
-            yield Cut(tile_n, tile_k, slices, stages, 1, 2, slices)
+            yield Cut(tile_n, tile_k, slices, stages, 1, slices)
 
 
 def make(n, k, quant):
@@ -128,8 +127,8 @@ def rig(n, k, quant, copies):
     return ops, weights, x, torch.empty(ROWS, n, device=DEVICE), gain
 
 
-def compile_part(i, n_parts):
-    jobs = [(s, c) for s in shapes_of(WANTED) for c in candidates(*s)]
+def compile_part(i, n_parts, asked):
+    jobs = [(s, c) for s in shapes_of(asked or WANTED) for c in candidates(*s)]
     seen = set()
     for (n, k, quant), cut in jobs:
         ops, weights, x, out, gain = None, None, None, None, None
@@ -141,8 +140,7 @@ def compile_part(i, n_parts):
             continue
         n_small = n % cut.tile_n + 4 * cut.tile_n if n % 16 == 0 else n
         ops, weights, x, out, gain = rig(n_small, k, quant, 1)
-        for ahead in (0, 2, 4):
-            launch(ops, weights, x, out, gain, replace(cut, ahead=ahead))
+        launch(ops, weights, x, out, gain, cut)
     torch.cuda.synchronize()
 
 
@@ -160,14 +158,13 @@ def measure(path, asked):
                 print(n, k, quant, cut, repr(error)[:200], flush=True)
                 torch.cuda.synchronize()
         best = min(tried, key=tried.get)
-        for ahead in (0, 4):
-            more = replace(best, ahead=ahead)
-            tried[more] = timed(ops, weights, x, out, gain, more)
-        best = min(tried, key=tried.get)
         bits = {"bf16": 16, "w8": 8, "w4": 4}[quant]
-        found[f"{n},{k},{bits}"] = {"cut": astuple(best), "us": tried[best],
-                                    "gb_s": n_bytes / tried[best] / 1e3,
-                                    "tried": [[*astuple(c), t] for c, t in tried.items()]}  # fmt: skip
+        found[f"{n},{k},{bits}"] = {
+            "cut": astuple(best),
+            "us": tried[best],
+            "gb_s": n_bytes / tried[best] / 1e3,
+            "tried": [(astuple(cut), us) for cut, us in tried.items()],
+        }
         print(f"({n}, {k}, {bits}): Cut{astuple(best)},  # {tried[best]:.1f} us,"
               f" {n_bytes / tried[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
         with open(path, "w") as file:
@@ -176,6 +173,6 @@ def measure(path, asked):
 
 torch.inference_mode().__enter__()
 if sys.argv[1] == "compile":
-    compile_part(int(sys.argv[2]), int(sys.argv[3]))
+    compile_part(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
 else:
     measure(sys.argv[2], sys.argv[3:])

@@ -112,11 +112,11 @@ def sliced_kernel(x, w, out, n_rows, n_tiles, N, K, x_stride, SLICES: tl.constex
 
 
 @triton.jit
-def nibbles(q, s0, s1, s2, s3, ASM: tl.constexpr, DOT: tl.constexpr):
+def nibbles(q, s01, s23, ASM: tl.constexpr, DOT: tl.constexpr):
     """Four planes of 4-bit numbers less 8 from 16-bit words, lowest bits first, times bf16 scales.
 
-    The product is rounded to bf16. In the assembler two words at a time: a nibble in the mantissa
-    of 128 is 128 + nibble in bf16.
+    `s01` and `s23` hold the scales of two planes each. The product is rounded to bf16. In the
+    assembler two words at a time: a nibble in the mantissa of 128 is 128 + nibble in bf16.
     """
     if ASM:
         return tl.inline_asm_elementwise(
@@ -135,19 +135,23 @@ def nibbles(q, s0, s1, s2, s3, ASM: tl.constexpr, DOT: tl.constexpr):
             fma.rn.bf16x2 $1, $1, one, less;
             fma.rn.bf16x2 $2, $2, one, less;
             fma.rn.bf16x2 $3, $3, one, less;
-            mul.rn.bf16x2 $0, $0, $5;
-            mul.rn.bf16x2 $1, $1, $6;
-            mul.rn.bf16x2 $2, $2, $7;
-            mul.rn.bf16x2 $3, $3, $8;
+            prmt.b32 t, $5, $5, 0x1010;
+            mul.rn.bf16x2 $0, $0, t;
+            prmt.b32 t, $5, $5, 0x3232;
+            mul.rn.bf16x2 $1, $1, t;
+            prmt.b32 t, $7, $7, 0x1010;
+            mul.rn.bf16x2 $2, $2, t;
+            prmt.b32 t, $7, $7, 0x3232;
+            mul.rn.bf16x2 $3, $3, t;
             }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r", [q, s0, s1, s2, s3],
+            "=&r,=&r,=&r,=&r,r,r,r,r,r", [q, s01, s23],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
     u = q.to(tl.int32) & 0xFFFF
-    q0 = ((u & 15) - 8).to(tl.float32) * s0.to(tl.float32)
-    q1 = (((u >> 4) & 15) - 8).to(tl.float32) * s1.to(tl.float32)
-    q2 = (((u >> 8) & 15) - 8).to(tl.float32) * s2.to(tl.float32)
-    q3 = (((u >> 12) & 15) - 8).to(tl.float32) * s3.to(tl.float32)
+    q0 = ((u & 15) - 8).to(tl.float32) * (s01 << 16).to(tl.float32, bitcast=True)
+    q1 = (((u >> 4) & 15) - 8).to(tl.float32) * (s01 >> 16 << 16).to(tl.float32, bitcast=True)
+    q2 = (((u >> 8) & 15) - 8).to(tl.float32) * (s23 << 16).to(tl.float32, bitcast=True)
+    q3 = (((u >> 12) & 15) - 8).to(tl.float32) * (s23 >> 16 << 16).to(tl.float32, bitcast=True)
     return (q0.to(tl.bfloat16).to(DOT), q1.to(tl.bfloat16).to(DOT),
             q2.to(tl.bfloat16).to(DOT), q3.to(tl.bfloat16).to(DOT))  # fmt: skip
 
@@ -201,8 +205,8 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
     """As linear_kernel, of 4- or 8-bit weights, 128 inputs a tile.
 
     `w` is int16 [N / 64, n_blocks, 64, W]; word j of a row holds inputs j, j + W, …. `scales` of
-    4 bits is bf16 [4 * n_blocks, s_stride], one for 32 inputs; of 8 bits it is fp32 [N] and
-    multiplies the sum.
+    4 bits is int32 [2 * n_blocks, s_stride], two bf16 of 32 inputs each; of 8 bits it is fp32 [N]
+    and multiplies the sum.
     """
     W: tl.constexpr = 8 * BITS
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -220,11 +224,9 @@ def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_bl
         q = tl.load(base[:, None] + there * (64 * W) + j[None, :])
         k = block * 128 + j
         if BITS == 4:
-            s = scales + there * 4 * s_stride + cols
-            q0, q1, q2, q3 = nibbles(
-                q, tl.load(s)[:, None], tl.load(s + s_stride)[:, None],
-                tl.load(s + 2 * s_stride)[:, None], tl.load(s + 3 * s_stride)[:, None], ASM, DOT,
-            )  # fmt: skip
+            s = scales + there * 2 * s_stride + cols
+            s01, s23 = tl.load(s)[:, None], tl.load(s + s_stride)[:, None]
+            q0, q1, q2, q3 = nibbles(q, s01, s23, ASM, DOT)
             acc = tl.dot(plane(x, rows, k, n_rows, K, x_stride, DOT), q0.T, acc)
             acc = tl.dot(plane(x, rows, k + 32, n_rows, K, x_stride, DOT), q1.T, acc)
             acc = tl.dot(plane(x, rows, k + 64, n_rows, K, x_stride, DOT), q2.T, acc)
@@ -257,7 +259,9 @@ def embed_kernel(w, scales, token, out, scale, K, n_blocks, s_stride, BITS: tl.c
         u = (word >> (k % 128 // W * BITS)) & ((1 << BITS) - 1)
         v = (u - (1 << (BITS - 1))).to(tl.float32)
         if BITS == 4:
-            v *= tl.load(scales + (k // 32) * s_stride + n, mask=mask, other=0.0).to(tl.float32)
+            two = tl.load(scales + (k // 64) * s_stride + n, mask=mask, other=0)
+            s = tl.where(k // 32 % 2 == 0, two << 16, two >> 16 << 16)
+            v *= s.to(tl.float32, bitcast=True)
             v = v.to(tl.bfloat16).to(tl.float32)
         else:
             v *= tl.load(scales + n)

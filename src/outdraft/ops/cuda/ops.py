@@ -27,6 +27,7 @@ from outdraft.ops.cuda import kernels, linears
 from outdraft.ops.cuda.attention import attend
 from outdraft.ops.cuda.cuts import Cut, cut_of
 from outdraft.ops.cuda.graph import GraphProgram
+from outdraft.ops.cuda.product import launch
 from outdraft.ops.cuda.weights import CudaWeight, pack
 from outdraft.ops.packed import Format
 from outdraft.ops.record import Replayable
@@ -155,43 +156,7 @@ class CudaOps:
 
     def launch_linear(self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut) -> None:
         """x W^T into `out`, cut like this."""
-        t, n, k = x_TK.shape[0], weight.n, weight.k
-        parts = tickets = out
-        grid = (triton.cdiv(t, 16), triton.cdiv(n, cut.tile_n), cut.split)
-        if cut.split > 1:
-            parts = self._empty(cut.split, t, n)
-            size = triton.next_power_of_2(grid[0] * grid[1])
-            if size not in self.tickets:
-                self.tickets[size] = torch.zeros(size, device=self.device, dtype=torch.int32)
-            tickets = self.tickets[size]
-        if cut.slices > 1:
-            assert weight.bits == 16 and cut.split == 1
-            n_tiles = triton.cdiv(triton.cdiv(k, cut.tile_k), cut.slices)
-            linears.sliced_kernel[grid[:2]](
-                x_TK, weight.data, out, t, n_tiles, n, k, x_TK.stride(0), SLICES=cut.slices,
-                BN=cut.tile_n, BK=cut.tile_k, DOT=self._dot,
-                TILES=0 if self._on_card else n_tiles, num_warps=cut.slices,
-                num_stages=cut.stages, **self._launch,
-            )  # fmt: skip
-            return
-        tile_k = cut.tile_k if weight.bits == 16 else 128
-        n_tiles = triton.cdiv(triton.cdiv(k, tile_k), cut.split)
-        shared = {"SPLIT": cut.split, "BN": cut.tile_n, "num_warps": cut.warps,
-                  "num_stages": cut.stages, "DOT": self._dot,
-                  "TILES": 0 if self._on_card else n_tiles, **self._launch}  # fmt: skip
-        if weight.bits == 16:
-            even = n % cut.tile_n == 0 and n_tiles * cut.split * tile_k == k
-            linears.linear_kernel[grid](
-                x_TK, weight.data, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
-                BK=tile_k, EVEN=even, **shared,
-            )  # fmt: skip
-            return
-        assert weight.scales is not None and cut.tile_n in (64, 128)
-        linears.packed_kernel[grid](
-            x_TK, weight.data, weight.scales, parts, out, tickets, t, n_tiles, n, k,
-            weight.k_tiles, weight.scales.stride(0), x_TK.stride(0), BITS=weight.bits,
-            ASM=self._on_card, **shared,
-        )  # fmt: skip
+        launch(x_TK, weight, out, cut, self.tickets, self._dot, self._launch)
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""

@@ -27,7 +27,8 @@ class CudaWeight:
         data: bf16 as it is; else int16 [N / 64, K / 128, 64, W], rounded up and padded with zeros:
             word j of a row holds inputs j, j + W, … of the tile, lowest bits first, as numbers
             from 0 (8 bits: less 128, 4 bits: less 8).
-        scales: fp32 [N] of 8 bits, bf16 [4 K / 128, N], N rounded up, of 4 bits.
+        scales: fp32 [N] of 8 bits; of 4 bits int32 [2 K / 128, N], N rounded up, in each two of
+            bf16 for 32 inputs, the first in the low half.
         bits: 16, 8 or 4.
         shape: without padding.
     """
@@ -76,7 +77,7 @@ def packed_bytes(shape: tuple[int, ...], format: Format) -> int:
     tiles = -(-n // TILE_N) * -(-k // TILE_K)
     if format == "w8":
         return tiles * TILE_N * TILE_K + 4 * n
-    return tiles * TILE_N * (TILE_K // 2 + 8)
+    return tiles * TILE_N * TILE_K // 2 + 8 * _scales_n(n) * -(-k // TILE_K)
 
 
 def empty_weight(shape: tuple[int, ...], format: Format, device: torch.device) -> CudaWeight:
@@ -90,7 +91,7 @@ def empty_weight(shape: tuple[int, ...], format: Format, device: torch.device) -
     data = torch.full(words, zero, dtype=torch.int16, device=device)
     if bits == 8:
         return CudaWeight(data, torch.zeros(n, device=device), 8, shape)
-    scales = torch.zeros(4 * n_blocks, n_tiles * TILE_N, dtype=torch.bfloat16, device=device)
+    scales = torch.zeros(2 * n_blocks, _scales_n(n), dtype=torch.int32, device=device)
     return CudaWeight(data, scales, 4, shape)
 
 
@@ -138,7 +139,10 @@ def put(weight: CudaWeight, first: int, rows: Rows) -> None:
         _put_codes(weight, first, codes_NK.to(torch.int32) + 128)
         return
     codes_NK, scales_NC = _four(_on(rows, device))
-    weight.scales[: scales_NC.shape[1], first : first + codes_NK.shape[0]] = scales_NC.T
+    scales_NC = torch.nn.functional.pad(scales_NC, (0, -scales_NC.shape[1] % 4))
+    halves = scales_NC.view(torch.int16).to(torch.int32).view(len(scales_NC), -1, 2)
+    words = (halves[..., 0] & 0xFFFF) | (halves[..., 1] << 16)
+    weight.scales[:, first : first + codes_NK.shape[0]] = words.T
     _put_codes(weight, first, codes_NK.to(torch.int32))
 
 
@@ -155,8 +159,15 @@ def unpack(weight: CudaWeight) -> Tensor:
     values_NK = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].float() - (mask + 1) // 2
     if weight.bits == 8:
         return values_NK * weight.scales[:, None]
-    scales_NC = weight.scales[:, :n].T.float()
+    words = weight.scales[:, :n].T
+    halves = torch.stack((words << 16, words >> 16 << 16), dim=2)
+    scales_NC = halves.contiguous().view(torch.float32).flatten(1)
     return (values_NK * scales_NC.repeat_interleave(GROUP, dim=1)[:, :k]).bfloat16().float()
+
+
+def _scales_n(n: int) -> int:
+    """Outputs with scales: a program may read those of two tiles."""
+    return -(-n // (2 * TILE_N)) * 2 * TILE_N
 
 
 def _on(rows: Rows, device: torch.device) -> Rows:
