@@ -1,8 +1,5 @@
 """Where passes of published shapes spend their time on this GPU: `gpu_profile.py SHAPE:QUANT …`."""
 
-import cProfile
-import io
-import pstats
 import sys
 import time
 from collections import defaultdict
@@ -60,45 +57,39 @@ def variant(rig, pdl):
 
 
 def sections(rig):
-    """Where the host's time of a step goes, each part behind a synchronisation."""
-    from outdraft.cache.attend import CausalCall
-    from outdraft.cache.memory import Span
+    """Medians of where the time of a step goes as the host sees it, nothing synchronised."""
+    from outdraft.engine import graphs
 
-    target_pass, spent = rig.runner.target_pass, defaultdict(list)
+    stamps, spent = [], defaultdict(list)
 
-    def clock(name, call):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = call()
-        spent[name].append((time.perf_counter() - start) * 1e6)
-        torch.cuda.synchronize()
-        return result
+    def noting(call):
+        def noted(*arguments):
+            stamps.append(time.perf_counter())
+            result = call(*arguments)
+            stamps.append(time.perf_counter())
+            return result
 
-    spans = [Span(SEQUENCE, 0, 1)]
+        return noted
+
+    target_pass = rig.runner.target_pass
+    own = next(r for r in target_pass.recordings.values() if r.call.token_T.shape[0] == 1)
+    program, prepare, run = own.program, graphs.CausalCall.prepare, target_pass.run
+    replay = program.replay
+    graphs.CausalCall.prepare = noting(prepare)
+    program.replay, target_pass.run = noting(replay), noting(run)
+    sequence, plan = rig.new_sequence(), StepPlan([Work(SEQUENCE, 1, 0)])
+    names = ("before", "-", "prepare", "copy", "launch", "wait", "after")
     for _ in range(30):
-        rig.memory.reserve(SEQUENCE, 1)
-        call = clock("prepare", lambda: CausalCall.prepare(rig.memory, rig.ops, spans, [2]))
-        own = next(r for r in target_pass.recordings.values() if r.call.token_T.shape[0] == 1)
-        clock("copy", lambda own=own, call=call: own.call.numbers.copy_(call.numbers))
-        clock("graph launch", own.program.graph.replay)
-        clock("result", own.best_T.cpu)
+        stamps.clear()
+        before, start = program.seconds, time.perf_counter()
+        rig.runner.execute(plan, {SEQUENCE: sequence})
+        times = [start, *stamps, time.perf_counter()]
+        for name, x, y in zip(names, times, times[1:], strict=True):
+            spent[name].append((y - x) * 1e6)
+        spent["graph"].append((program.seconds - before) * 1e6)
+    graphs.CausalCall.prepare, target_pass.run = prepare, run
+    del program.replay
     print("  " + ", ".join(f"{name} {median(times):.0f} us" for name, times in spent.items()))
-
-
-def host_profile(rig):
-    sequence = rig.new_sequence()
-    plan, profile = StepPlan([Work(SEQUENCE, 1, 0)]), cProfile.Profile()
-    start = time.perf_counter()
-    for _ in range(20):
-        rig.runner.execute(plan, {SEQUENCE: sequence})
-    print(f"  step {(time.perf_counter() - start) / 20 * 1e6:.0f} us")
-    profile.enable()
-    for _ in range(50):
-        rig.runner.execute(plan, {SEQUENCE: sequence})
-    profile.disable()
-    out = io.StringIO()
-    pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(14)
-    print("\n".join(line for line in out.getvalue().splitlines()[7:] if line), flush=True)
 
 
 def main(asked):
@@ -110,15 +101,14 @@ def main(asked):
         print(f"{one}: step {step_us:.0f} us, outside {step_us * decoding.python_share:.0f} us")
         for pdl in (True, False):
             variant(rig, pdl)
-        kernel_times(rig.ops.programs[-2].graph.replay)
+        kernel_times(rig.ops.programs[-2].replay)
         variant(rig, True)
+        sections(rig)
         if one == asked[0]:
-            sections(rig)
-            host_profile(rig)
             rig.ops.pdl = rig.drafter.model.ops.pdl = False
             rig.drafter.recordings.clear()
             rig.time_draft_step(3, 1)
-            kernel_times(next(iter(rig.drafter.recordings.values())).program.graph.replay)
+            kernel_times(next(iter(rig.drafter.recordings.values())).program.replay)
         del rig
         torch.cuda.empty_cache()
 

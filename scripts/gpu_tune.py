@@ -1,7 +1,8 @@
 """Measures how each linear of the published shapes is best cut on this GPU; prints cuts.py's table.
 
 `gpu_tune.py compile I N [SHAPE:QUANT …]` compiles the I-th of N parts of what will be measured, so
-that N processes can do it side by side; `gpu_tune.py measure OUT.json [SHAPE:QUANT …]` measures.
+that N processes can do it side by side; `gpu_tune.py measure OUT.json [SHAPE:QUANT …]` measures;
+`gpu_tune.py table OUT.json [SHAPE:QUANT …]` times the table's own cuts, and cuBLAS.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 from outdraft.bench.shapes import find_shape
 from outdraft.device import has_dependent_launch
 from outdraft.models import gemma4, gemma4_assistant
-from outdraft.ops.cuda.cuts import Cut
+from outdraft.ops.cuda.cuts import Cut, cut_of
 from outdraft.ops.cuda.ops import CudaOps
 from outdraft.ops.cuda.weights import CudaWeight, empty_weight
 
@@ -171,8 +172,45 @@ def measure(path, asked):
             json.dump(found, file)
 
 
+def table(path, asked):
+    """Each linear as it is cut, at 1, 4 and 8 rows, and cuBLAS beside it where there is one."""
+    found = []
+    for n, k, quant in shapes_of(asked or WANTED):
+        torch.cuda.empty_cache()
+        n_bytes = make(n, k, quant).n_bytes
+        ops, weights, x, out, gain = rig(n, k, quant, max(3, COLD_BYTES // n_bytes))
+        row = {"n": n, "k": k, "quant": quant}
+        for rows in (1, 4, 8):
+            x = torch.randn(rows, k, device=DEVICE)
+            out = torch.empty(rows, n, device=DEVICE)
+            bits = weights[0].bits
+            row[f"us_{rows}"] = timed(ops, weights, x, out, gain, cut_of(n, k, bits))
+            if quant == "bf16":
+                row[f"cublas_us_{rows}"] = timed(Cublas(ops), weights, x, out, gain, None)
+        row["gb_s"] = n_bytes / row["us_1"] / 1e3
+        found.append(row)
+    with open(path, "w") as file:
+        json.dump({"device": torch.cuda.get_device_name(), "linears": found}, file, indent=1)
+
+
+class Cublas:
+    """PyTorch's product in place of ours, behind the same small kernel."""
+
+    def __init__(self, ops):
+        self.ops = ops
+
+    def rms_norm(self, x, gain, eps):
+        return self.ops.rms_norm(x.bfloat16(), gain, eps)
+
+    def launch_linear(self, x, weight, out, cut):
+        del out, cut
+        return x @ weight.data.T
+
+
 torch.inference_mode().__enter__()
 if sys.argv[1] == "compile":
     compile_part(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+elif sys.argv[1] == "table":
+    table(sys.argv[2], sys.argv[3:])
 else:
     measure(sys.argv[2], sys.argv[3:])

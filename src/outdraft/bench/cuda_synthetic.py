@@ -24,9 +24,9 @@ READ_FLOATS = 1 << 30
 class TimedGraph(GraphProgram):
     """A graph that adds up how long its replays took on the device."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, device: torch.device) -> None:
         """See `GraphProgram`."""
-        super().__init__(pool)
+        super().__init__(pool, device)
         self.start, self.end = timing_events()
         self.replayed = False
         self.before_s = 0.0
@@ -68,7 +68,7 @@ class CudaSyntheticOps(CudaOps):
         if program is None:
             self.routed.clear()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.program = TimedGraph(self.pool)
+            self.program = TimedGraph(self.pool, self.device)
             self.programs.append(self.program)
             self.program.enter()
             return self.program

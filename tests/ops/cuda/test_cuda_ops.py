@@ -146,6 +146,14 @@ def test_experts_and_choice() -> None:
         assert torch.equal(alone, got[i : i + 1])
     logits = torch.tensor([[1.0, 5.0, 5.0], [7.0, 2.0, 7.0]])
     assert ops.argmax(on(logits)).tolist() == [1, 0]
+    assert torch.equal(ops.top(on(scores), 5).cpu(), REF.top(scores, 5))
+    ordering = torch.randperm(12 * 48).view(12, 48).int()
+    blocks, chosen = ops.pack_blocks(on(rand(12 * 48, 64)), on(ordering)), ops.top(on(scores), 3)
+    best, sure = ops.best_of_blocks(on(x), blocks, on(ordering), chosen)
+    want = ops.score_blocks(on(x), blocks, on(ordering), chosen, 12 * 48)
+    assert torch.equal(best, ops.argmax(want))
+    close(sure, ops.best(want)[1].cpu(), 1e-5)
+    close(sure, want.softmax(1).amax(1).cpu(), 1e-5)
     wide = rand(2, 9000)
     wide[0, 8999] = wide[0, 17] = 9.0
     wide[1, 4321] = float("nan")

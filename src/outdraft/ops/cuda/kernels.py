@@ -283,3 +283,34 @@ def best_merge_kernel(value, index, mass, out, sure, n_parts, PARTS: tl.constexp
     top = tl.max(v, 0)
     tl.store(out + t, tl.min(tl.where(v == top, at, 2147483647), 0))
     tl.store(sure + t, 1.0 / tl.sum(sums * tl.exp(v - top), 0))
+
+
+@triton.jit
+def top_kernel(scores, out, E, A: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Ids of the A largest of a row, the lowest of equals first: each counts those before it."""
+    begin(PDL)
+    t = tl.program_id(0)
+    own = tl.program_id(1) * 64 + tl.arange(0, 64)
+    e = tl.arange(0, BLOCK)
+    s_own = tl.load(scores + t * E + own, mask=own < E, other=float("-inf"))[:, None]
+    s = tl.load(scores + t * E + e, mask=e < E, other=float("-inf"))[None, :]
+    ahead = (s > s_own) | ((s == s_own) & (e[None, :] < own[:, None]))
+    place = tl.sum((ahead & (e < E)[None, :]).to(tl.int32), 1)
+    tl.store(out + t * A + place, own, mask=(own < E) & (place < A))
+
+
+@triton.jit
+def best_of_blocks_kernel(scores, ids, chosen, out, sure, N, A: tl.constexpr, BLOCK: tl.constexpr,
+                          PDL: tl.constexpr):  # fmt: skip
+    """The lowest id of a row's largest score over its A blocks, and what softmax gives it."""
+    begin(PDL)
+    t = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    mask = i < A * N
+    v = tl.load(scores + t * A * N + i, mask=mask, other=float("-inf"))
+    v = tl.where(v != v, float("inf"), v)  # noqa: PLR0124
+    block = tl.load(chosen + t * A + i // N, mask=mask, other=0)
+    token = tl.load(ids + block * N + i % N, mask=mask, other=2147483647)
+    top = tl.max(v, 0)
+    tl.store(out + t, tl.min(tl.where(v == top, token, 2147483647), 0))
+    tl.store(sure + t, 1.0 / tl.sum(tl.exp(v - top), 0))

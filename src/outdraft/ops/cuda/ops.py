@@ -96,7 +96,7 @@ class CudaOps:
         assert self.program is None and (program is None or isinstance(program, GraphProgram))
         if program is None:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            program = GraphProgram(self.pool)
+            program = GraphProgram(self.pool, self.device)
         self.program = program
         program.enter()
         return program
@@ -156,6 +156,8 @@ class CudaOps:
 
     def launch_linear(self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut) -> None:
         """x W^T into `out`, cut like this."""
+        if self.program is not None:
+            self.program.product()
         launch(x_TK, weight, out, cut, self.tickets, self._dot, self._launch)
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
@@ -321,7 +323,12 @@ class CudaOps:
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
         """See `Ops.top`."""
-        return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count].int()
+        t, e = scores_TE.shape
+        out = self._empty(t, count, dtype=torch.int32)
+        kernels.top_kernel[(t, triton.cdiv(e, 64))](
+            scores_TE, out, e, A=count, BLOCK=triton.next_power_of_2(e), **self._launch
+        )
+        return out
 
     def score_blocks(
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
@@ -364,7 +371,14 @@ class CudaOps:
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.best_of_blocks`."""
-        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
+        t, count = chosen_TA.shape
+        scores = self._blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
+        out, sure = self._empty(t, dtype=torch.int32), self._empty(t)
+        kernels.best_of_blocks_kernel[(t,)](
+            scores, ids_CN, chosen_TA.contiguous(), out, sure, ids_CN.shape[1], A=count,
+            BLOCK=triton.next_power_of_2(count * ids_CN.shape[1]), num_warps=8, **self._launch,
+        )  # fmt: skip
+        return out, sure
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=dtype)
