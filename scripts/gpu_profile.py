@@ -73,9 +73,9 @@ def sections(rig):
 
     target_pass = rig.runner.target_pass
     own = next(r for r in target_pass.recordings.values() if r.call.token_T.shape[0] == 1)
-    program, prepare, run = own.program, graphs.CausalCall.prepare, target_pass.run
+    program, prepare, run = own.program, graphs.causal_numbers, target_pass.run
     replay = program.replay
-    graphs.CausalCall.prepare = noting(prepare)
+    graphs.causal_numbers = noting(prepare)
     program.replay, target_pass.run = noting(replay), noting(run)
     sequence, plan = rig.new_sequence(), StepPlan([Work(SEQUENCE, 1, 0)])
     names = ("before", "-", "prepare", "copy", "launch", "wait", "after")
@@ -87,7 +87,7 @@ def sections(rig):
         for name, x, y in zip(names, times, times[1:], strict=True):
             spent[name].append((y - x) * 1e6)
         spent["graph"].append((program.seconds - before) * 1e6)
-    graphs.CausalCall.prepare, target_pass.run = prepare, run
+    graphs.causal_numbers, target_pass.run = prepare, run
     del program.replay
     print("  " + ", ".join(f"{name} {median(times):.0f} us" for name, times in spent.items()))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -229,6 +229,30 @@ def tiny_target(path: Path, shape: str = "plain", *, seed: int = 0, **changes: A
     """A tiny random target on disk."""
     config = target_config(shape, **changes)
     return write_model(path, config, target_weights(config, seed))
+
+
+def int4_target(path: Path, source: Path, group: int = 32) -> Path:
+    """The target at `source` with its layers' matrices packed to int4 (compressed-tensors)."""
+    config = json.loads((source / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights | {"group_size": group}}},
+    }
+    tensors = {}
+    for name, x in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = x
+            continue
+        grouped = x.float().unflatten(1, (-1, group))
+        scales = grouped.abs().amax(2) / 7
+        codes = ((grouped / scales[..., None]).round() + 8).long().flatten(1).unflatten(1, (-1, 8))
+        words = sum(codes[..., i] << (4 * i) for i in range(8))
+        tensors[f"{name}_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        tensors[f"{name}_scale"] = scales
+        tensors[f"{name}_shape"] = torch.tensor(x.shape)
+    return write_model(path, config, tensors, prefix="")
 
 
 def tiny_assistant(

@@ -36,7 +36,4 @@ void pack_w8(const Weight& w, const int8_t* rows, int64_t stride, const float* s
 void pack_w4(const Weight& w, const uint8_t* rows, int64_t stride, const float* scales,
              const uint8_t* zeros, const RowRange& range);
 
-// Tells the system that a buffer about to be filled is worth large pages. No effect elsewhere.
-void advise_large_pages(void* data, std::size_t bytes);
-
 }  // namespace outdraft

@@ -62,6 +62,23 @@ def test_the_demo_is_int8(outdraft: Invoke) -> None:
     assert found["stored_params"]["int8"] > 27_000_000
 
 
+def test_packed_int4_is_read_as_the_engine_reads_it(
+    outdraft: Invoke, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny.int4_target(tmp_path / "target", pair)
+    result = outdraft("inspect", target)
+    assert result.exit_code == 0 and "int4 (compressed-tensors), one scale for 32" in result.stdout
+    found = examine(target)
+    assert not found.problems and found.n_params == examine(pair).n_params
+    monkeypatch.undo()
+    assert LLM(str(target), EngineConfig(ctx_size=64)).target.report.n_params == found.n_params
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "other"
+    (target / "config.json").write_text(json.dumps(config))
+    problems = examine(target).problems
+    assert [problem.where for problem in problems] == ["quantisation"]
+
+
 def test_an_assistant_alone(outdraft: Invoke, pair: Path, tmp_path: Path) -> None:
     result = outdraft("inspect", pair / "assistant")
     assert result.exit_code == 0

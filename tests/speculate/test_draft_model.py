@@ -121,6 +121,9 @@ def test_a_padded_head_is_cut_to_the_vocabulary_of_the_target(tmp_path: Path) ->
         llm = load(target, draft)
         assert run(llm, 3) == run(llm, 0)
         assert llm.runner.faults.n_drafter == 0
+        llm.set_draft_n_max(3)
+        unknown = llm.generate([7, tiny.VOCAB - 1, 9], PARAMS)
+        assert (unknown.stats.n_drafted > 0) == (n_rows > tiny.VOCAB)
 
 
 def test_a_draft_model_that_is_missing_is_an_error(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
     drafter = Gemma4AssistantDrafter(model, kv_layers)
     view = SequenceView("s", tokens, SamplingParams(), 0, hidden[-1])
-    keys = drafter._prepare(memory, [view]).attend
+    keys = drafter._call(memory, drafter._numbers(memory, [view])).attend
     steps = []
 
     normed = None

@@ -199,6 +199,7 @@ class Rig:
         ops = made_up_ops(settings.device, settings.quant)
         draft_ops = made_up_ops(settings.device, settings.draft_format)
         model = synthetic_target(config, ops, n_positions)
+        assert isinstance(model, Gemma4)
         assistant = synthetic_assistant(shape.assistant, draft_ops, n_positions)
         kinds = dict.fromkeys(shape.assistant.text.layer_types)
         kv_layers: dict[str, int] = {kind: config.last_owner(kind) for kind in kinds}

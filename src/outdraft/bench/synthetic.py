@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from outdraft.models import gemma4_assistant
-from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
 from outdraft.ops.base import Ops, Role
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
+from outdraft.ops.stored import Rows, StoredWeight
 from outdraft.weights.load import ExpectedTensor
 
 DISTINCT_ROWS = 16 * PANEL_ROWS
@@ -68,16 +70,15 @@ class SyntheticOps(CpuOps):
             self.programs.append(program)
         return CpuOps.begin(self, program)
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
+    def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
         """A weight of this shape."""
         packed = synthetic_weight(self.stored_as(role), *_dimensions(weight.shape))
         self.weights.append(packed)
         return packed
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> PackedLinear:
         """See `Ops.pack_blocks`."""
-        blocks = torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta")
-        return self.pack(blocks, "embedding")
+        return self.pack(weight_VK.take(ids_CN), "embedding")
 
     def route(
         self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
@@ -94,13 +95,13 @@ class CountingOps(CpuOps):
 
     n_bytes: int = 0
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> Any:
+    def pack(self, weight: Any, role: Role = "linear") -> Any:
         """Count a weight of this shape."""
         self.n_bytes += packed_bytes(self.stored_as(role), *_dimensions(weight.shape))
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Any:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> Any:
         """See `Ops.pack_blocks`."""
-        self.pack(torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta"), "embedding")
+        self.pack(weight_VK.take(ids_CN), "embedding")
 
 
 def packed_bytes(format: Format, n_blocks: int, n: int, k: int) -> int:
@@ -129,9 +130,12 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
         piece.copy_(part[: piece.numel()])
 
 
-def synthetic_target(config: Gemma4Config, ops: Ops, n_positions: int) -> Gemma4:
+def synthetic_target(
+    config: TargetConfig, ops: Ops, n_positions: int, family: Family = GEMMA4
+) -> TargetModel:
     """A target whose weights `ops` makes up (or only counts)."""
-    return Gemma4(config, placeholders(expected_tensors(config), ops.device), ops, n_positions)
+    weights = placeholders(family.expected_tensors(config), ops.device)
+    return family.build(config, weights, ops, n_positions)
 
 
 def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> Gemma4Assistant:
@@ -142,20 +146,32 @@ def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> 
 
 def placeholders(
     expected: Mapping[str, ExpectedTensor], device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order."""
-    made = {}
+) -> dict[str, Tensor | StoredWeight]:
+    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order.
+
+    No tensors of PyTorch's `meta` device: making one loads 150 MB of code.
+    """
+    made: dict[str, Tensor | StoredWeight] = {}
     for name, tensor in expected.items():
         if tensor.dtype is not None:
             made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
             made[name] = torch.ones(tensor.shape, device=device)
         else:
-            made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+            made[name] = nothing_but_shape(tensor.shape)
     return made
 
 
-def _dimensions(shape: torch.Size) -> tuple[int, int, int]:
+def nothing_but_shape(shape: tuple[int, ...]) -> StoredWeight:
+    """A weight that cannot be read."""
+
+    def read(block: int, first: int, count: int) -> Rows:
+        raise AssertionError("a made-up weight has no values")
+
+    return StoredWeight("made up", shape, torch.bfloat16, "float", read)
+
+
+def _dimensions(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """E, N, K."""
     n, k = shape[-2:]
     return shape[0] if len(shape) == 3 else 1, n, k

@@ -6,6 +6,7 @@ Shapes: P pages, G key/value heads, S slots in a page, D head dimension.
 import torch
 
 from outdraft.ops.base import PAGE_SLOTS, KvPages
+from outdraft.ops.memory import zeros
 
 
 def empty_pages(
@@ -17,11 +18,13 @@ def empty_pages(
 ) -> KvPages:
     """Pages of zeros; int8 ones with scales, fp32 [P, G, S]."""
     shape = (n_pages, n_kv_heads, PAGE_SLOTS, head_dim)
-    k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    if device is None or device.type == "cpu":
+        k, v = zeros(shape, dtype), zeros(shape, dtype)
+    else:
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
         return KvPages(k, v)
-    k_scales, v_scales = (torch.zeros(shape[:3], device=device) for _ in range(2))
-    return KvPages(k, v, k_scales, v_scales)
+    return KvPages(k, v, zeros(shape[:3], torch.float32), zeros(shape[:3], torch.float32))
 
 
 def clear_pages(store: KvPages, pages: list[int]) -> None:

@@ -5,8 +5,9 @@ itself, run over tensors without data. Not here: how the facts are shown (inspec
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from outdraft.errors import ModelError, OutdraftError
 from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.layers import TargetConfig
-from outdraft.models.registry import CANDIDATES, DTYPES, family_of
+from outdraft.models.registry import CANDIDATES, DTYPES, family_of, open_weights
 from outdraft.ops.packed import Format
 from outdraft.speculate.build import read_assistant_config
 from outdraft.text.chat import ChatTemplate
@@ -26,7 +27,8 @@ from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.find import find_assistant
-from outdraft.weights.load import ExpectedTensor, IgnoreRule, open_tensors
+from outdraft.weights.int4 import int4_scheme
+from outdraft.weights.load import ExpectedTensor, IgnoreRule
 from outdraft.weights.packed_cache import PackedCache, packing_key
 from outdraft.weights.quantise import is_int8_channel
 
@@ -117,34 +119,36 @@ def examine(path: Path, assistant: str | None = None, cache: PackedCache | None 
     if found.model_type in ASSISTANT_TYPES:
         config = _examine_assistant(found, raw, checkpoint)
         if config is not None and checkpoint is not None:
-            note_packed(found, raw, checkpoint, config, config.text.dtype, cache)
+            note_packed(found, raw, checkpoint, _counter(config), config.text.dtype, cache)
         return found
     target = _examine_target(found, raw, checkpoint)
     if target is not None and checkpoint is not None:
-        note_packed(found, raw, checkpoint, target, target.dtype, cache)
+        build = partial(synthetic_target, target, n_positions=1, family=family_of(raw, path))
+        note_packed(found, raw, checkpoint, build, target.dtype, cache)
     _read_text(found)
     if target is not None:
         _find_drafter(found, target, assistant, cache)
     return found
 
 
+def _counter(config: AssistantConfig) -> Callable[[CountingOps], object]:
+    return partial(synthetic_assistant, config, n_positions=1)
+
+
 def note_packed(
     found: Checkup,
     raw: Mapping[str, Any],
     checkpoint: Checkpoint,
-    config: Gemma4Config | AssistantConfig,
+    build: Callable[[CountingOps], object],
     dtype: str,
     cache: PackedCache | None,
 ) -> None:
     """Count what the kernels' weights take in each format, and look for their files."""
-    drafter = isinstance(config, AssistantConfig)
-    formats: tuple[Format, ...] = ("w8", "bf16") if drafter else ("w4", "w8", "bf16")
+    is_drafter = found.model_type in ASSISTANT_TYPES
+    formats: tuple[Format, ...] = ("w8", "bf16") if is_drafter else ("w4", "w8", "bf16")
     for format in formats:
         ops = CountingOps(format)
-        if isinstance(config, AssistantConfig):
-            synthetic_assistant(config, ops, 1)
-        else:
-            synthetic_target(config, ops, 1)
+        build(ops)
         found.packed_bytes[format] = ops.n_bytes
         if cache is None or found.problems or dtype not in DTYPES:
             continue
@@ -161,10 +165,23 @@ def _read_config(found: Checkup) -> Mapping[str, Any]:
         return {}
     found.model_type = raw.get("model_type")
     try:
-        found.quantisation = "int8, one scale a row" if is_int8_channel(raw) else None
+        found.quantisation = quantisation_of(raw)
     except ModelError as error:
         found.note("quantisation", error)
     return raw
+
+
+def quantisation_of(raw: Mapping[str, Any]) -> str | None:
+    """What a config declares of its weights, in words; None for floating point.
+
+    Raises:
+        ModelError: a quantisation that is not supported.
+    """
+    four = int4_scheme(raw)
+    if four is not None:
+        zeros = " with zero-points" if four.zero_points else ""
+        return f"int4 ({four.method}), one scale for {four.group} inputs{zeros}"
+    return "int8, one scale a row" if is_int8_channel(raw) else None
 
 
 def _open_weights(found: Checkup) -> Checkpoint | None:
@@ -202,7 +219,7 @@ def _examine_target(
         family.expected_tensors(config),
         family.ignore_rules(config),
         family.prefixes,
-        is_int8=found.quantisation is not None,
+        raw,
     )
     return config
 
@@ -229,7 +246,7 @@ def _examine_assistant(
         gemma4_assistant.expected_tensors(config),
         gemma4_assistant.ignore_rules(config),
         gemma4_assistant.PREFIXES,
-        is_int8=found.quantisation is not None,
+        raw,
     )
     return config
 
@@ -240,8 +257,7 @@ def _check_tensors(
     expected: Mapping[str, ExpectedTensor],
     ignore: Sequence[IgnoreRule],
     prefixes: Sequence[str],
-    *,
-    is_int8: bool,
+    raw: Mapping[str, Any],
 ) -> None:
     """Load without data: the same errors, and the same report."""
     groups: Counter[str] = Counter()
@@ -249,16 +265,11 @@ def _check_tensors(
         group = next(label for part, label in PARAMETER_GROUPS if part in name)
         groups[group] += torch.Size(tensor.shape).numel()
     found.params_by_group = dict(groups.most_common())
-    if checkpoint is None:
+    if checkpoint is None or any(p.where == "quantisation" for p in found.problems):
         return
     try:
-        _, report = open_tensors(
-            checkpoint,
-            expected,
-            ignore,
-            prefixes=prefixes,
-            dtype=torch.float32,
-            int8_channel=is_int8,
+        _, report, _ = open_weights(
+            checkpoint, raw, expected, ignore, prefixes=prefixes, dtype=torch.float32
         )
     except ModelError as error:
         found.note("weights", error)
@@ -315,7 +326,7 @@ def _find_drafter(
     raw, checkpoint = _read_config(drafter), _open_weights(drafter)
     assistant = _examine_assistant(drafter, raw, checkpoint)
     if assistant is not None and checkpoint is not None:
-        note_packed(drafter, raw, checkpoint, assistant, config.dtype, cache)
+        note_packed(drafter, raw, checkpoint, _counter(assistant), config.dtype, cache)
     if assistant is not None:
         try:
             gemma4_assistant.check_pair(config, assistant)

@@ -85,6 +85,17 @@ CacheMax = Annotated[
 ]
 CACHE_MAX_GB = 100
 CACHE_MIN_MB = 256  # packing less than that takes about a second
+MaxSequences = Annotated[int, typer.Option("--max-sequences", help="Requests in progress at once.")]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", help="Requests that may wait; more are refused.")
+]
+KvCacheTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-cache-tokens",
+        help="Positions of keys and values for all requests together; four of the longest.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the tokens that make up this probability.")]

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import CausalCall
+from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.registry import Target
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
 MAX_RECORDED_ROWS = 64
-MAX_RECORDINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,10 @@ class TargetPass:
             spans: which rows belong to which sequence; they stand behind its length.
             wanted: rows that need logits, ascending.
         """
-        call = CausalCall.prepare(self.memory, self.ops, spans, tokens)
+        numbers = causal_numbers(self.memory, spans, tokens)
         if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
-            return self._replay(self.recorder, call, len(spans))
+            return self._replay(self.recorder, numbers, len(tokens))
+        call = CausalCall.of(self.memory, self.ops, numbers)
         multiple = self.ops.row_multiple  # padded once here, so that no operation has to
         hidden_TH = self.model.forward(
             pad_rows(call.token_T, multiple), pad_rows(call.position_T, multiple), call.attend
@@ -79,15 +79,16 @@ class TargetPass:
         best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
         return Pass(hidden_TH, logits_RV, best_R.cpu())
 
-    def _replay(self, recorder: Recordable, call: CausalCall, n_sequences: int) -> Pass:
-        key = (call.token_T.shape[0], n_sequences)
-        if key not in self.recordings:
-            self.recordings[key] = self._record(recorder, call)
-            if len(self.recordings) > MAX_RECORDINGS:
+    def _replay(self, recorder: Recordable, numbers: Tensor, n_rows: int) -> Pass:
+        key = n_rows, numbers.shape[0]
+        recorded = self.recordings.get(key)
+        if recorded is None:
+            call = CausalCall.of(self.memory, self.ops, numbers)
+            recorded = self.recordings[key] = self._record(recorder, call)
+            if len(self.recordings) > MAX_RECORDED_ROWS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
-        recorded = self.recordings[key]
-        recorded.call.numbers.copy_(call.numbers)
+        recorded.call.numbers.copy_(numbers)
         recorded.program.replay()
         best_T = recorded.best_T
         if not recorder.records_all:

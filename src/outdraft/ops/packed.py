@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
+from outdraft.ops import memory
 
 Format = Literal["bf16", "w8", "w4"]
 
@@ -27,7 +28,6 @@ LAYOUT = _core.packed_layout()
 
 _FORMAT_CODES: dict[Format, int] = {"bf16": 0, "w8": 1, "w4": 2}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_LARGE_BYTES = 4 << 20
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -240,9 +240,4 @@ def _address(x: Tensor) -> int:
 
 
 def _zero_bytes(n: int) -> Tensor:
-    """Zeroed memory, in large pages where that pays: streaming misses fewer addresses."""
-    if n < _LARGE_BYTES:
-        return torch.zeros(n, dtype=torch.uint8)
-    memory = torch.empty(n, dtype=torch.uint8)
-    _core.advise_large_pages(memory.data_ptr(), n)
-    return memory.zero_()
+    return memory.zeros([n], torch.uint8)

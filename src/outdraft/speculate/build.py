@@ -65,7 +65,7 @@ def build_drafter(
         path = resolve_model(config.assistant)
         if read_config(path).get("model_type") in TARGETS:
             n_max = _first(config.draft_n, config.draft_n_max, MODEL_DRAFTS)
-            model = load_draft_model(target, path, config, make_pass, n_max)
+            model = load_draft_model(target, path, config, make_pass, n_max, loading)
             return Pairing(model, f"{model.name}: named by you", path, n_max)
     if config.spec_type == "draft-model":
         raise PairingError(

@@ -44,7 +44,7 @@ def draft_chain(
                 if not draws(sequence.params):
                     continue
                 q_V = distribution(logits_BV[b : b + 1].cpu(), sequence.params)[0]
-                u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT)
+                u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT, sequence.n)
                 newest_B[b] = sample(q_V, u)
                 probs[b].append(q_V)
                 sure_B[b] *= (logits_BV[b, newest_B[b]] - logits_BV[b, best_B[b]]).exp()

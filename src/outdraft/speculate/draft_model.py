@@ -22,6 +22,7 @@ from outdraft.models.registry import Target, load_target
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 from outdraft.text.tokenizer import Tokenizer
+from outdraft.weights.loading import Loading
 
 CATCH_UP = (
     512  # rows of one sequence that a round reads at most; with more to come it has no drafts
@@ -57,12 +58,22 @@ class DraftModelDrafter:
     name = "draft-model"
 
     def __init__(
-        self, model_pass: ModelPass, memory: Memory, n_vocab: int, *, sample_drafts: bool = True
+        self,
+        model_pass: ModelPass,
+        memory: Memory,
+        n_vocab: int,
+        n_known: int,
+        *,
+        sample_drafts: bool = True,
     ) -> None:
-        """`n_vocab` is the target's: rows of the draft model's head beyond it are padding."""
+        """`n_vocab` is the target's and `n_known` its own number of ids, padding included.
+
+        A sequence with an id that it does not know has no drafts.
+        """
         self.model_pass = model_pass
         self.memory = memory
         self.n_vocab = n_vocab
+        self.n_known = n_known
         self.sample_drafts = sample_drafts
         self.needs = Taps()
         self._read: dict[str, list[int]] = {}  # tokens whose rows are in memory
@@ -89,7 +100,11 @@ class DraftModelDrafter:
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`. Sequences that it cannot draft for have a length of 0."""
         pending = {s.id: self._rewind(s) for s in view.sequences}
-        able = [s for s in view.sequences if self._room(s.id, len(pending[s.id]), k)]
+        able = [
+            s
+            for s in view.sequences
+            if max(pending[s.id]) < self.n_known and self._room(s.id, len(pending[s.id]), k)
+        ]
         reading = [s for s in able if len(pending[s.id]) > CATCH_UP]
         if reading:
             self._run([(s.id, pending[s.id][:CATCH_UP]) for s in reading], scores=False)
@@ -114,7 +129,7 @@ class DraftModelDrafter:
     ) -> Draft:
         rows: list[tuple[str, list[int]]] | None = first
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal rows
             if rows is None:
                 newest = newest_B.tolist()
@@ -122,7 +137,10 @@ class DraftModelDrafter:
             scores = self._run(rows, scores=True)
             rows = None
             assert scores is not None
-            return scores
+            logits_BV, best_B = scores
+            best_B1 = best_B[:, None].long()
+            sure_B = torch.exp(logits_BV.gather(1, best_B1)[:, 0] - logits_BV.logsumexp(dim=1))
+            return logits_BV, best_B, sure_B
 
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
@@ -208,6 +226,7 @@ def load_draft_model(
     config: EngineConfig,
     make_pass: Callable[[Target, Memory], ModelPass],
     n_draft_max: int,
+    loading: Loading | None = None,
 ) -> DraftModelDrafter:
     """Read a draft model, check that it speaks the target's tokens, and plan its memory.
 
@@ -215,7 +234,7 @@ def load_draft_model(
         ModelError: it cannot be used, or is of another vocabulary.
     """
     check_vocabularies(Tokenizer.load(target.path), Tokenizer.load(path))
-    model = load_target(path, replace(config, ctx_size=target.ctx_size))
+    model = load_target(path, replace(config, ctx_size=target.ctx_size), loading)
     if model.ctx_size < target.ctx_size:
         raise PairingError(
             f"the draft model's context is {model.ctx_size} tokens, the target's {target.ctx_size}",
@@ -227,12 +246,14 @@ def load_draft_model(
         max_tokens=target.ctx_size + n_draft_max,
         max_rows=CATCH_UP + n_draft_max,
         dtype=model.ops.kv_dtype,
+        device=model.ops.device,
         pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
     )
     return DraftModelDrafter(
         make_pass(model, memory),
         memory,
         target.config.vocab_size,
+        model.config.vocab_size,
         sample_drafts=config.sample_drafts,
     )
 

@@ -9,12 +9,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import ReadOnlyAttend
-from outdraft.cache.memory import Memory, Span
-from outdraft.cache.numbers import Numbers
+from outdraft.cache.attend import ReadOnlyAttend, first_visible
+from outdraft.cache.memory import Memory
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import AttentionRows
 from outdraft.ops.record import Recordable, Replayable, record
@@ -25,7 +25,7 @@ from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, dr
 Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 ONE_STEP = 0  # as a number of steps: one, that the caller repeats with tokens of its own choice
-MAX_RECORDINGS = 16
+MAX_RECORDINGS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Gemma4AssistantDrafter:
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
         self.recorder = model.ops if isinstance(model.ops, Recordable) else None
-        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
     def open(self, sequence: str) -> None:
@@ -81,15 +81,15 @@ class Gemma4AssistantDrafter:
 
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`."""
-        call = self._prepare(view.memory, view.sequences)
+        numbers = self._numbers(view.memory, view.sequences)
         hidden_BH = torch.stack([_hidden(s) for s in view.sequences])
         drawn = self.sample_drafts and any(draws(s.params) for s in view.sequences)
         if self.recorder is not None and not drawn:
-            return self._recorded_round(self.recorder, view, call, hidden_BH, k)
+            return self._recorded_round(self.recorder, view, numbers, hidden_BH, k)
         if self.recorder is not None:
-            step = self._recorded_step(self.recorder, view, call, hidden_BH)
+            step = self._recorded_step(self.recorder, view, numbers, hidden_BH)
         else:
-            step = self._plain_step(view, call, hidden_BH)
+            step = self._plain_step(view, self._call(view.memory, numbers), hidden_BH)
         return draft_chain(view.sequences, k, step, sample_drafts=self.sample_drafts)
 
     def _plain_step(self, view: TargetView, call: "_Call", hidden_BH: Tensor) -> Step:
@@ -109,10 +109,10 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recorded_round(
-        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
     ) -> Draft:
         """All k steps of most probable tokens in one replay."""
-        own = self._recording(ops, view, call, hidden_BH, k)
+        own = self._recording(ops, view, numbers, hidden_BH, k)
         own.program.replay()
         n = len(view.sequences)
         tokens_BK = torch.stack(own.best, dim=1).long().cpu()
@@ -120,9 +120,9 @@ class Gemma4AssistantDrafter:
         return Draft(tokens_BK, [None] * n, [k] * n, confidence_BK=sure_BK)
 
     def _recorded_step(
-        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor
     ) -> Step:
-        own = self._recording(ops, view, call, hidden_BH, ONE_STEP)
+        own = self._recording(ops, view, numbers, hidden_BH, ONE_STEP)
 
         def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             own.call.token_B.copy_(newest_B)
@@ -133,17 +133,18 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recording(
-        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """That of this many sequences and steps, holding what the round begins with."""
-        key = (len(view.sequences), k)
-        if key not in self.recordings:
-            self.recordings[key] = self._record(ops, view, call, hidden_BH.clone(), k)
+        key = (len(view.sequences), k, numbers.shape[0])
+        own = self.recordings.get(key)
+        if own is None:
+            call = self._call(view.memory, numbers)
+            own = self.recordings[key] = self._record(ops, view, call, hidden_BH.clone(), k)
             if len(self.recordings) > MAX_RECORDINGS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
-        own = self.recordings[key]
-        own.call.numbers.copy_(call.numbers)
+        own.call.numbers.copy_(numbers)
         own.hidden_BH.copy_(hidden_BH)
         return own
 
@@ -179,31 +180,33 @@ class Gemma4AssistantDrafter:
         program, made = record(steps, ops, view.ops)
         return _Recording(call, hidden_BH, program, *made)
 
-    def _prepare(self, memory: Memory, sequences: Sequence[SequenceView]) -> "_Call":
-        """One query a sequence, over the keys that the target has verified."""
+    def _numbers(self, memory: Memory, sequences: Sequence[SequenceView]) -> Tensor:
+        """One query a sequence, over the keys 0 .. n - 2, which the target has verified.
+
+        In a sliding group it sees the last `window` of them.
+        """
+        rows = np.empty((4 + len(self.kv_layers), len(sequences)), np.int32)
+        token_B, position_B, sequence_B, hi_B = rows[:4]
+        token_B[:] = [sequence.tokens[-1] for sequence in sequences]
+        position_B[:] = [sequence.n - 1 for sequence in sequences]
+        sequence_B[:] = memory.tables.slots([sequence.id for sequence in sequences])
+        np.subtract(position_B, 1, out=hi_B)
+        for i, kind in enumerate(self.kv_layers):
+            rows[4 + i] = first_visible(hi_B, memory.groups[kind].window)
+        return memory.tables.behind(rows)
+
+    def _call(self, memory: Memory, numbers: Tensor) -> "_Call":
+        numbers = numbers.to(memory.device)
+        own, tables = memory.tables.views(numbers, 4 + len(self.kv_layers))
+        token_B, position_B, sequence_B, hi_B, *lo = own
+        rows = {
+            kind: AttentionRows.of([*tables[kind], sequence_B, lo[i], hi_B])
+            for i, kind in enumerate(self.kv_layers)
+        }
         kinds = self.model.config.text.layer_types
-        own_kinds = list(dict.fromkeys(kinds))
-        numbers = Numbers()
-        numbers.add([sequence.tokens[-1] for sequence in sequences])
-        numbers.add([sequence.n - 1 for sequence in sequences])
-        for kind in own_kinds:
-            add_visible_rows(numbers, memory, kind, sequences)
-        flat, (token_B, position_B, *parts) = numbers.build(memory.device)
-        rows = {k: AttentionRows.of(parts[5 * i : 5 * i + 5]) for i, k in enumerate(own_kinds)}
         stores = [memory.groups[kind].layers[self.kv_layers[kind]] for kind in kinds]
         attend = ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])
-        return _Call(flat, token_B, position_B, attend)
-
-
-def add_visible_rows(
-    numbers: Numbers, memory: Memory, group: str, sequences: Sequence[SequenceView]
-) -> None:
-    """Keys 0 .. n - 2 of each sequence; in a sliding group the last `window` of them."""
-    window = memory.groups[group].window
-    spans = [Span(sequence.id, b, 1) for b, sequence in enumerate(sequences)]
-    hi = [sequence.n - 2 for sequence in sequences]
-    lo = [0 if window is None else max(0, newest - window + 1) for newest in hi]
-    memory.add_rows(numbers, group, spans, lo, hi)
+        return _Call(numbers, token_B, position_B, attend)
 
 
 def _hidden(sequence: SequenceView) -> Tensor:
