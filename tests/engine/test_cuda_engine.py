@@ -62,6 +62,7 @@ def run(llm: LLM, prompts: list[list[int]], k: int) -> list[tuple[list[int], Ten
     while llm.scheduler.busy:
         llm.step()
     logs = llm.runner.logits_log
+    assert all(s.error is None for s in sequences), [s.error for s in sequences]
     assert llm.runner.faults.n_pass == llm.runner.faults.n_drafter == 0
     assert llm.runner.faults.n_request == 0
     return [(s.output, torch.stack(logs[s.id])) for s in sequences]
