@@ -52,6 +52,7 @@ def bench_throughput(
     ] = "own",
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
@@ -68,6 +69,7 @@ def bench_throughput(
     config = EngineConfig(
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
+        device=device,
         backend=backend,
         dtype=dtype,
         quant=quant,
