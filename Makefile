@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-asan prove lint format types docs bench clean
+.PHONY: help setup demo demo-server test test-asan prove lint format types docs bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,6 +26,9 @@ setup: $(VENV)/.ready  ## make the virtual environment, compile, install
 demo: setup      ## run the built-in model: coloured drafts, then a short benchmark
 	$(BIN)/outdraft generate demo --max-tokens 160 </dev/null
 	$(BIN)/outdraft bench demo --prompts 2 --max-tokens 64
+
+demo-server: setup  ## serve the built-in model and its page at http://127.0.0.1:8080
+	$(BIN)/outdraft serve demo
 
 test: setup      ## everything that must hold, in minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from outdraft.config import EngineConfig
     from outdraft.engine.aio import AsyncLLM
     from outdraft.engine.engine import LLM, Completion
+    from outdraft.engine.stats import EngineStats
     from outdraft.errors import OutdraftError
     from outdraft.request import FinishReason, SamplingParams, TokenEvent
 
@@ -19,6 +20,7 @@ _HOME = {
     "LLM": "outdraft.engine.engine",
     "Completion": "outdraft.engine.engine",
     "EngineConfig": "outdraft.config",
+    "EngineStats": "outdraft.engine.stats",
     "FinishReason": "outdraft.request",
     "OutdraftError": "outdraft.errors",
     "SamplingParams": "outdraft.request",
@@ -30,6 +32,7 @@ __all__ = [
     "AsyncLLM",
     "Completion",
     "EngineConfig",
+    "EngineStats",
     "FinishReason",
     "OutdraftError",
     "SamplingParams",

@@ -247,12 +247,14 @@ class Request:
 
     Requests with different `cache_salt` never share cached keys and values: give each tenant its
     own, and none can learn from the time to the first token what another has asked.
+    `draft_n_max` caps the drafts of a step for this request; None leaves the engine's choice.
     """
 
     id: str
     prompt_tokens: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
+    draft_n_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ def bench_throughput(
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
     kv_dtype: options.KvType = "bf16",
+    kv_cache_tokens: options.KvCacheTokens = None,
     threads: options.Threads = None,
 ) -> None:
     """Measure many requests at once: plain, fixed draft lengths, and lengths chosen while running.
@@ -57,6 +58,7 @@ def bench_throughput(
         dtype=dtype,
         quant=quant,
         kv_dtype=kv_dtype,
+        kv_cache_tokens=kv_cache_tokens,
         max_sequences=wanted[-1],
         prefix_cache=False,  # prompts come again in every run and would be computed only once
         threads=threads,

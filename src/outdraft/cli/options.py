@@ -64,6 +64,17 @@ CtxSize = Annotated[
     int | None, typer.Option(help="Longest sequence in tokens; the model's, at most 8192.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; left to PyTorch if not given.")]
+MaxSequences = Annotated[int, typer.Option("--max-sequences", help="Requests in progress at once.")]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", help="Requests that may wait; more are refused.")
+]
+KvCacheTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-cache-tokens",
+        help="Positions of keys and values for all requests together; four of the longest.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the tokens that make up this probability.")]

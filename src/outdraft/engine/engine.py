@@ -21,6 +21,7 @@ from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
+from outdraft.engine.stats import EngineStats, snapshot
 from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
 from outdraft.ops.cpu import CpuOps
@@ -198,6 +199,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
+        draft_n_max: int | None = None,
     ) -> Sequence:
         """A request that can be queued. It touches nothing of the engine: any thread may call it.
 
@@ -210,7 +212,7 @@ class LLM:
             raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt)
+        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt, draft_n_max)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)
@@ -257,6 +259,7 @@ class LLM:
             except Exception as error:
                 self.scheduler.remove(admitted.id)
                 events.append(admitted.abort(FinishReason.ERROR, f"{error}"))
+                self.runner.counters.end(admitted)
         running = self.scheduler.running
         if not running:
             return events
@@ -267,9 +270,23 @@ class LLM:
         for sequence in [s for s in running.values() if s.finish_reason is not None]:
             self.scheduler.remove(sequence.id)
             self.runner.close(sequence)
+            self.runner.counters.end(sequence)
         if not self.scheduler.busy:
             self.scheduler.check()
         return events
+
+    def stats(self) -> EngineStats:
+        """Who is in progress, memory, the prefix cache, what drafting gains. Any thread may ask."""
+        drafter, lengths = self.pairing.drafter, self.runner.lengths
+        return snapshot(
+            self.scheduler,
+            self.runner.counters,
+            self.runner.faults,
+            drafter=None if drafter is None else drafter.name,
+            reason=self.pairing.reason,
+            chosen=lengths is not None,
+            speed_up=None if lengths is None else lengths.speed_up,
+        )
 
     def check(self) -> None:
         """Compare all books: every page free, cached or used by who runs; nothing left behind.
@@ -288,7 +305,9 @@ class LLM:
             return None
         if was_running:
             self.runner.close(sequence)
-        return sequence.abort(FinishReason.ABORT)
+        event = sequence.abort(FinishReason.ABORT)
+        self.runner.counters.end(sequence)
+        return event
 
     def stream(
         self, prompt: str | Seq[int], params: SamplingParams | None = None

@@ -35,6 +35,9 @@ class StepCosts:
     clean: bool = True
 
 
+SPEED_UP_DECAY = 0.995
+
+
 class AutoLengths:
     """Controllers for batches with drawn drafts and without: their rounds cost differently."""
 
@@ -43,6 +46,15 @@ class AutoLengths:
         self.likeliest = LengthController(n_draft_max)
         self.drawn = LengthController(n_draft_max)
         self._seen: set[tuple[bool, int, int, int]] = set()
+        self._spent_s = self._plain_s = 0.0
+
+    @property
+    def speed_up(self) -> float | None:
+        """Steps of late over plain decoding of as many sequences, in tokens per second.
+
+        None until steps were timed whose batch size was also timed plain.
+        """
+        return self._plain_s / self._spent_s if self._spent_s else None
 
     def draws(self, params: SamplingParams) -> bool:
         """Whether drafts of such a request are drawn from the drafter's distribution."""
@@ -74,8 +86,17 @@ class AutoLengths:
             controller.observe_step(
                 step.n_sequences, step.n_rows, step.depth, target_s, step.draft_s
             )
+            self._compare(step, target_s, controller)
         if step.clean:
             self._seen.add(size)
+
+    def _compare(self, step: StepCosts, target_s: float, controller: LengthController) -> None:
+        n = step.n_sequences
+        plain_s = controller.target.seconds.get(n, {}).get(n)
+        if plain_s is not None:
+            n_tokens = n + sum(n_accepted for _, n_accepted in step.blocks.values())
+            self._plain_s = SPEED_UP_DECAY * self._plain_s + n_tokens / n * plain_s
+            self._spent_s = SPEED_UP_DECAY * self._spent_s + target_s + step.draft_s
 
     def _of(self, sequences: Seq[Sequence]) -> LengthController:
         drawn = any(self.draws(s.request.params) for s in sequences)

@@ -23,21 +23,12 @@ from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
 from outdraft.engine.sequence import Sequence
+from outdraft.engine.stats import Counters, Faults
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
 from outdraft.speculate.drafter import Draft, Drafter, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict
-
-
-@dataclass(slots=True)
-class Faults:
-    """What went wrong since the start, and was contained."""
-
-    n_drafter: int = 0
-    n_pass: int = 0
-    n_request: int = 0
-    last_drafter_error: str = ""
 
 
 @dataclass(slots=True)
@@ -61,6 +52,7 @@ class Runner:
         """Set to let draft lengths be learned; None while they are fixed."""
         self.hidden: dict[str, Tensor] = {}
         self.faults = Faults()
+        self.counters = Counters()
         self.logits_log: dict[str, list[Tensor]] | None = None
         """Set to a dict to record the logits [V] behind every emitted token, by sequence."""
 
@@ -72,6 +64,7 @@ class Runner:
         sequence.n_computed = n_cached
         if sequence.n_preempted == 0:
             sequence.n_cached = n_cached
+        self.counters.begin(sequence)
         if self.drafter is not None:
             self._drafter_call(self.drafter.open, sequence.id)
 
@@ -98,6 +91,7 @@ class Runner:
         start, n_failed = time.perf_counter(), self._n_failed
         proposal = self._propose(plan, sequences)
         drafted = time.perf_counter()
+        self.counters.plan(plan, sum(len(block.tokens) for block in proposal.blocks.values()))
         forward_s, events = self._run(plan.work, sequences, proposal)
         if proposal.view is not None and self.drafter is not None:
             accepted = [proposal.accepted.get(s.id, 0) for s in proposal.view.sequences]
@@ -319,7 +313,8 @@ class Runner:
         tokens = [*block.tokens[: verdict.n_accepted], verdict.token]
         logprobs = reported(sequence, tokens, logits_RV)
         events = sequence.keep(tokens, verdict.n_accepted, logprobs)
-        sequence.stats.count(len(block.tokens), verdict.n_accepted, len(events))
+        for stats in (sequence.stats, self.counters.drafts):
+            stats.count(len(block.tokens), verdict.n_accepted, len(events))
         if self.logits_log is not None:
             self.logits_log.setdefault(sequence.id, []).extend(logits_RV[: len(events)].clone())
         return events
