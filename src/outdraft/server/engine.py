@@ -23,8 +23,8 @@ from outdraft.request import SamplingParams
 from outdraft.server.errors import ApiError
 from outdraft.server.wire import pack, params_to_json, receive_async
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
-STEADY_S = 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+STEADY_S = 15.0
 """A process that lived so long is restarted with the first pause again."""
 STALLED_S = 120.0
 IDLE_S = 2.0
@@ -250,10 +250,11 @@ class Engine:
             self._enter(State.RESTARTING)
             self._lose_all(EngineGone("the engine's process has died and is being restarted"))
             self.n_restarts += 1
+            if time.monotonic() - started > STEADY_S:
+                pause_s = FIRST_PAUSE_S
             self.note(f"the engine's process died; it is started again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
-            steady = time.monotonic() - started > STEADY_S
-            pause_s = FIRST_PAUSE_S if steady else min(2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _one_life(self) -> None:
         """Start the process and listen until it ends."""

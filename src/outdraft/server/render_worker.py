@@ -25,9 +25,9 @@ def main() -> None:
     order = receive(sock)
     if order is None:
         return
-    template = ChatTemplate.load(Path(order["path"]))
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    template = ChatTemplate.load(Path(order["path"]))
     sock.sendall(pack({"ready": True}))
     while (message := receive(sock)) is not None:
         try:

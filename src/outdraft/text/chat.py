@@ -5,8 +5,8 @@ tool calls). A rendered text begins with `<bos>` itself; `Tokenizer.encode` does
 
 A template is foreign code. It cannot reach Python objects, files or other templates, cannot change
 its arguments, and its output and time are limited. The limits are looked at between two pieces of
-output. Not covered until rendering moves to a process that can be killed: a loop that prints
-nothing, and a single expression that builds a huge string ('a' * 10**8).
+output. Not covered here: a loop that prints nothing, and a single expression that builds a huge
+string ('a' * 10**8). The server renders in a process that it can kill (server/renderer.py).
 """
 
 import json
@@ -151,7 +151,10 @@ def _is_named(entry: Any) -> bool:
 def _environment() -> ImmutableSandboxedEnvironment:
     """What Hugging Face's templates are written for: its whitespace rules, functions and filter."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+        optimized=False,  # or constant expressions, however large, are evaluated while compiling
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
