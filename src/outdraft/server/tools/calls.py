@@ -71,6 +71,7 @@ class CallSplit:
         self._bare_next = bool(form.bare)  # a bare call may begin here
         self._is_open = False
         self._n_calls = 0
+        self._index = 0  # of the next call; a broken one has used its number
 
     @property
     def n_calls(self) -> int:
@@ -188,19 +189,21 @@ class CallSplit:
     def _signal(self, signals: list[Signal], out: list[Delta]) -> None:
         for signal in signals:
             if isinstance(signal, Name):
-                out.append(CallStart(self._n_calls, self._new_id(), signal.name))
+                out.append(CallStart(self._index, self._new_id(), signal.name))
                 self._is_open = True
             elif isinstance(signal, Arguments):
-                out.append(CallArguments(self._n_calls, signal.text))
+                out.append(CallArguments(self._index, signal.text))
             else:
-                out.append(CallEnd(self._n_calls))
+                out.append(CallEnd(self._index))
+                self._index += 1
                 self._is_open = False
                 self._n_calls += 1
 
     def _give_back(self, out: list[Delta]) -> None:
         """It was no call: its text is content."""
         if self._is_open:
-            out.append(CallBroken(self._n_calls))
+            out.append(CallBroken(self._index))
+            self._index += 1
             self._is_open = False
         self._reader = None
         text, self._raw = "".join(self._raw), []

@@ -4,14 +4,17 @@ Here: `ToolUse` (the request's side), `Dialect` (the model's side), and the two 
 the fields of a front, which make a `ToolUse` of their own names.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from outdraft.errors import SamplingError
 from outdraft.request import SamplingParams
 from outdraft.server.errors import bad_request, from_outdraft
+from outdraft.server.jobs import Conversation
 from outdraft.server.tools.answer import AnswerSplit
 from outdraft.server.tools.formats import (
     FORMATS,
@@ -21,8 +24,8 @@ from outdraft.server.tools.formats import (
     new_call_id,
 )
 from outdraft.server.tools.grammar import CallGrammar
+from outdraft.server.tools.prompt import call_messages, plain_messages, with_description
 from outdraft.server.tools.reasoning import ReasoningFormat
-from outdraft.errors import SamplingError
 from outdraft.text.chat import template_source
 from outdraft.text.files import read_json_if_there
 from outdraft.text.tokenizer import Tokenizer
@@ -57,12 +60,13 @@ class ToolUse:
         return self.offered and self.choice in ("required", "function")
 
 
-def make_tool(name: Any, description: Any, parameters: Any, strict: Any, where: str) -> Tool:
-    """One function of a request.
+def make_tool(given: Mapping[str, Any], schema_key: str, where: str) -> Tool:
+    """One function of a request: its name, description, strict, and schema under its key.
 
     Raises:
         ApiError: it has no proper name, or its parameters are no schema of an object.
     """
+    name, parameters = given.get("name"), given.get(schema_key)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise bad_request(
             f"{where} has no proper name: use 1 to 128 letters, digits, _ and -", where
@@ -71,8 +75,10 @@ def make_tool(name: Any, description: Any, parameters: Any, strict: Any, where: 
         parameters = _EMPTY
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise bad_request(f"the parameters of {name} are not a schema of an object", where)
-    words = description if isinstance(description, str) else ""
-    return Tool(name, words, parameters, strict is True)
+    words = given.get("description")
+    return Tool(
+        name, words if isinstance(words, str) else "", parameters, given.get("strict") is True
+    )
 
 
 def choose(
@@ -156,7 +162,7 @@ class Dialect:
         return bool(opening) and rest.strip() in ("", form.header)
 
     def params(
-        self, use: ToolUse, params: SamplingParams, prompt_tokens: Sequence[int]
+        self, use: ToolUse, params: SamplingParams, prompt_tokens: tuple[int, ...]
     ) -> SamplingParams:
         """The parameters with shown markers and, where calls are forced or strict, a grammar.
 
@@ -167,7 +173,8 @@ class Dialect:
         strict = use.offered and any(tool.strict for tool in use.tools)
         given = params.grammar_options
         thinking = self.reasoning if self.reasons(prompt_tokens) else None
-        if not use.offered or not (use.forced or strict or given):
+        bound = use.forced or strict or not use.parallel or bool(given)
+        if not use.offered or not bound:
             return params
         if given and given[0] not in ("json_schema", "json_object"):
             raise bad_request(f"{given[0]} and tools cannot be given together", "tools")
@@ -189,6 +196,23 @@ class Dialect:
             return make.or_json(_loads(str(params.json_schema)), thinking)
         return make.or_text(thinking)
 
+    def conversation(
+        self, use: ToolUse, messages: Sequence[dict[str, Any]], options: dict[str, Any]
+    ) -> Conversation:
+        """Messages in OpenAI's shape, with the tools, as the model's template takes them.
+
+        Raises:
+            ApiError: a call in the messages is none.
+        """
+        shaped = call_messages(messages)
+        offered = use.tools if use.offered else ()
+        if self.knows_tools:
+            return Conversation(shaped, [t.as_function() for t in offered] or None, options)
+        shaped = plain_messages(shaped)
+        if offered:
+            shaped = with_description(shaped, offered, self.format)
+        return Conversation(shaped, None, options)
+
     def reader(self, use: ToolUse, prompt_tokens: Sequence[int]) -> AnswerSplit:
         """Splits one answer."""
         return AnswerSplit(
@@ -200,8 +224,6 @@ class Dialect:
 
 
 def _loads(schema: str) -> Any:
-    import json
-
     try:
         return json.loads(schema)
     except ValueError:

@@ -23,7 +23,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A tool call begins; `index` counts the calls of an answer from 0."""
+    """A tool call begins; `index` counts those that began, from 0."""
 
     index: int
     id: str

@@ -34,8 +34,10 @@ def call_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     names: dict[str, str] = {}
     out = []
-    for message in messages:
-        message = dict(message)
+    for given in messages:
+        message = dict(given)
+        if message.get("role") == "developer":  # OpenAI's newer word for it
+            message["role"] = "system"
         calls = message.pop("tool_calls", None)
         if calls:
             if not isinstance(calls, list):
@@ -70,15 +72,18 @@ def _call(call: Any, names: dict[str, str]) -> dict[str, Any]:
     return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def plain_messages(messages: Sequence[dict[str, Any]], form: str) -> list[dict[str, Any]]:
-    """The same for a template that knows no calls: they stand in the content, as JSON."""
+def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a template that knows no tools: calls are JSON in the text, results a user's."""
     out = []
-    for message in messages:
-        calls = message.get("tool_calls")
+    for given in messages:
+        message = dict(given)
+        calls = message.pop("tool_calls", None)
         if calls:
             texts = [json.dumps(c["function"], ensure_ascii=False) for c in calls]
-            content = "\n".join(filter(None, [message.get("content"), *texts]))
-            message = {k: v for k, v in message.items() if k != "tool_calls"} | {"content": content}
+            message["content"] = "\n".join(filter(None, [message.get("content"), *texts]))
+        if message.get("role") == "tool":
+            head = f"Result of {message['name']}:" if message.get("name") else "Result:"
+            message = {"role": "user", "content": f"{head}\n{message.get('content') or ''}"}
         out.append(message)
     return out
 
