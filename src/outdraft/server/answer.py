@@ -4,10 +4,12 @@ Here: the parts, and the reader that makes them. A front pushes the text of ever
 reader and translates the parts. Not here: the formats of model families (tools/).
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from outdraft.server.jobs import Delta as RawDelta
+from outdraft.server.jobs import Running
 from outdraft.server.tools.answer import AnswerSplit
 from outdraft.server.tools.deltas import (
     CallArguments,
@@ -71,3 +73,15 @@ def _parts(deltas: Sequence[Delta]) -> list[Part]:
         elif isinstance(delta, CallBroken):
             parts.append(Part("broken", "", delta.index))
     return parts
+
+
+async def parts_of(
+    running: Running, reader: AnswerReader
+) -> AsyncIterator[tuple[list[Part], RawDelta]]:
+    """The parts of a job with one completion, and the delta that they came with."""
+    async for deltas in running:
+        for delta in deltas:
+            parts = reader.push(delta.text)
+            if delta.end is not None:
+                parts += reader.finish()
+            yield parts, delta
