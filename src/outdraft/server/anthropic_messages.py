@@ -96,9 +96,10 @@ async def messages(request: Request, service: Service) -> Response:
     if asked.n not in (None, 1):
         raise bad_request("n is not supported here: an answer is one message", "n")
     asked.stop = asked.stop_sequences
-    form = asked.output_format or (asked.output_config and asked.output_config.format)
-    if form is not None:
-        asked.response_format = form
+    if asked.output_format is not None:
+        asked.response_format = asked.output_format
+    elif asked.output_config is not None and asked.output_config.format is not None:
+        asked.response_format = asked.output_config.format
     thinks = asked.thinking is not None and asked.thinking.type != "disabled"
     if thinks and service.dialect.reasoning is None:
         ignore(visit, ["thinking"])

@@ -28,6 +28,7 @@ from outdraft.server.completions import CompletionRequest, completions
 from outdraft.server.errors import ApiError
 from outdraft.server.guard import Access, Guard, Visit
 from outdraft.server.openai_chat import ChatRequest, chat
+from outdraft.server.responses import ResponsesRequest, responses
 from outdraft.server.service import Service
 from outdraft.server.sse import error_response
 
@@ -49,6 +50,7 @@ Front = Callable[[Request, Service], Awaitable[Response]]
 FRONTS: tuple[tuple[str, Front, type[BaseModel], str], ...] = (
     ("/v1/chat/completions", chat, ChatRequest, "Answer a conversation."),
     ("/v1/completions", completions, CompletionRequest, "Continue one or more texts."),
+    ("/v1/responses", responses, ResponsesRequest, "Answer a conversation, in items."),
     ("/v1/messages", messages, MessagesRequest, "Answer a conversation, in Anthropic's words."),
     ("/v1/messages/count_tokens", count_tokens, Counted, "How many tokens a prompt has."),
     ("/v1/embeddings", info.embeddings, info.EmbeddingRequest, "Vectors of texts."),
