@@ -176,7 +176,7 @@ def conversation(asked: ResponsesRequest, use: ToolUse, service: Service) -> Con
         messages.append({"role": "user", "content": asked.input})
     else:
         messages += item_messages(asked.input)
-    options = {}
+    options: dict[str, Any] = {}
     if asked.reasoning is not None and asked.reasoning.effort is not None:
         options["reasoning_effort"] = asked.reasoning.effort
         if service.dialect.reasoning is not None:

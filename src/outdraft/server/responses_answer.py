@@ -120,7 +120,11 @@ class ResponsesAnswer:
         return self._of_item("response.output_text.delta", **where, delta=text)
 
     def _done(self, *, broken: bool = False) -> list[Event]:
-        """Events that end the open item. A broken call ends, and is not in the output."""
+        """Events that end the open item.
+
+        A broken call is left out of a whole answer; in a stream, where it has been seen, it stays
+        as an incomplete one.
+        """
         item = self.item
         if item is None:
             return []
@@ -140,7 +144,7 @@ class ResponsesAnswer:
             found.append(self._part_event("response.content_part.done", text))
         item = {**item, "status": "incomplete" if broken else "completed"}
         found.append(self._item_event("response.output_item.done", item))
-        if not broken:
+        if not broken or self.n_events:
             self.output.append(item)
         self.item = None
         self.n_items += 1
