@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from outdraft.models import gemma4, gemma4_assistant
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models import gemma4_assistant
+from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.registry import family_of
 from outdraft.weights.load import ExpectedTensor
 
 VOCAB = 512
@@ -81,9 +82,44 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+MINISTRAL3: dict[str, Any] = {
+    "architectures": ["Ministral3ForCausalLM"],
+    "model_type": "ministral3",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    # an original context that the tests' prompts run past
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "max_position_embeddings": 1024,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+    "tie_word_embeddings": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+
 def target_config(shape: str = "plain", **changes: Any) -> dict[str, Any]:
     """config.json of a tiny target."""
-    return json.loads(json.dumps(_BASE | SHAPES[shape] | changes))
+    base = MINISTRAL3 if shape == "ministral3" else _BASE | SHAPES[shape]
+    return json.loads(json.dumps(base | changes))
 
 
 def assistant_config(target: dict[str, Any], *, ordered: bool = False) -> dict[str, Any]:
@@ -138,7 +174,8 @@ def random_tensors(
 
 def target_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Random weights of a target, canonical names."""
-    return random_tensors(gemma4.expected_tensors(Gemma4Config.from_hf(config)), seed)
+    family = family_of(config, Path("tiny"))
+    return random_tensors(family.expected_tensors(family.read_config(config)), seed)
 
 
 def assistant_weights(config: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
@@ -192,6 +229,30 @@ def tiny_target(path: Path, shape: str = "plain", *, seed: int = 0, **changes: A
     """A tiny random target on disk."""
     config = target_config(shape, **changes)
     return write_model(path, config, target_weights(config, seed))
+
+
+def int4_target(path: Path, source: Path, group: int = 32) -> Path:
+    """The target at `source` with its layers' matrices packed to int4 (compressed-tensors)."""
+    config = json.loads((source / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights | {"group_size": group}}},
+    }
+    tensors = {}
+    for name, x in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = x
+            continue
+        grouped = x.float().unflatten(1, (-1, group))
+        scales = grouped.abs().amax(2) / 7
+        codes = ((grouped / scales[..., None]).round() + 8).long().flatten(1).unflatten(1, (-1, 8))
+        words = sum(codes[..., i] << (4 * i) for i in range(8))
+        tensors[f"{name}_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        tensors[f"{name}_scale"] = scales
+        tensors[f"{name}_shape"] = torch.tensor(x.shape)
+    return write_model(path, config, tensors, prefix="")
 
 
 def tiny_assistant(

@@ -1,14 +1,25 @@
-// Python bindings of the plain structs and of packing.
+// Python bindings of the plain structs, of packing and of the memory that it fills.
 #include "core/pack.h"
+
+#include <nanobind/ndarray.h>
 
 #include "bind/bind.h"
 #include "core/args.h"
+#include "core/memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace outdraft {
 namespace {
+
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+
+Bytes zeros(std::size_t bytes) {
+  auto* piece = new Piece(take_memory(bytes));
+  const nb::capsule owner(piece, [](void* p) noexcept { delete static_cast<Piece*>(p); });
+  return Bytes(piece->data, {bytes}, owner);
+}
 
 void bind_structs(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
@@ -54,6 +65,7 @@ void bind_structs(nb::module_& m) {
 
 void bind_packing(nb::module_& m) {
   bind_structs(m);
+  m.def("packed_layout", [] { return kPackedLayout; });
   using release = nb::call_guard<nb::gil_scoped_release>;
   m.def(
       "pack_floats",
@@ -76,10 +88,7 @@ void bind_packing(nb::module_& m) {
                 pointer<const uint8_t>(zeros), {first, n});
       },
       "weight"_a, "rows"_a, "stride"_a, "scales"_a, "zeros"_a, "first"_a, "n"_a, release());
-  m.def(
-      "advise_large_pages",
-      [](uintptr_t data, std::size_t bytes) { advise_large_pages(pointer<void>(data), bytes); },
-      "data"_a, "bytes"_a);
+  m.def("zeros", &zeros, "bytes"_a);
 }
 
 }  // namespace outdraft

@@ -21,6 +21,7 @@ struct KernelTable {
   Kernel<CopyRowsArgs> copy_rows;
   Kernel<SoftcapArgs> softcap;
   Kernel<ArgmaxArgs> argmax;
+  Kernel<ScatterArgs> scatter_blocks;
   Kernel<TopArgs> top;
   Kernel<GroupPairsArgs> group_pairs;
   Kernel<CombineArgs> combine;

@@ -5,10 +5,6 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "core/thread_pool.h"
 
 namespace outdraft {
@@ -201,18 +197,6 @@ void pack_w4(const Weight& w, const uint8_t* rows, int64_t stride, const float* 
         put_w4_group(w, range.first + i, g, rows + i * stride + g * w.group, scales[i * groups + g],
                      zeros ? zeros[i * groups + g] : 8);
   });
-}
-
-void advise_large_pages(void* data, std::size_t bytes) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kPage = 4096;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 }  // namespace outdraft

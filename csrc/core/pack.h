@@ -14,6 +14,10 @@
 
 namespace outdraft {
 
+// The layout above, for files of packed weights: a new name for every change of what packing
+// writes. All instruction sets read the same layout.
+constexpr const char* kPackedLayout = "panels of 16, 1";
+
 // Rows [first, first + n) of a weight.
 struct RowRange {
   int64_t first;
@@ -31,8 +35,5 @@ void pack_w8(const Weight& w, const int8_t* rows, int64_t stride, const float* s
 // Rows of nibbles 0..15, one a byte, with scales and (or null) zero-points [n, groups].
 void pack_w4(const Weight& w, const uint8_t* rows, int64_t stride, const float* scales,
              const uint8_t* zeros, const RowRange& range);
-
-// Tells the system that a buffer about to be filled is worth large pages. No effect elsewhere.
-void advise_large_pages(void* data, std::size_t bytes);
 
 }  // namespace outdraft

@@ -4,6 +4,7 @@
 #include "core/kernel_table.h"
 #include "kernels/attention.h"
 #include "kernels/choose.h"
+#include "kernels/heads.h"
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/pointwise.h"
@@ -24,6 +25,7 @@ const KernelTable& table() {
       .copy_rows = copy_rows,
       .softcap = softcap,
       .argmax = argmax,
+      .scatter_blocks = scatter_blocks,
       .top = top,
       .group_pairs = group_pairs,
       .combine = combine,

@@ -2,6 +2,9 @@
 CPU kernels of outdraft. Use outdraft.ops.cpu, which checks what it passes.
 """
 
+import numpy as np
+from numpy.typing import NDArray
+
 def available_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def set_isa(name: str) -> None: ...
@@ -44,12 +47,13 @@ class KvPages:
         head_dim: int,
     ) -> None: ...
 
+def packed_layout() -> str: ...
 def pack_floats(weight: Weight, rows: Matrix, first: int, n: int, candidates: int) -> None: ...
 def pack_w8(weight: Weight, rows: int, stride: int, scales: int, first: int, n: int) -> None: ...
 def pack_w4(
     weight: Weight, rows: int, stride: int, scales: int, zeros: int, first: int, n: int
 ) -> None: ...
-def advise_large_pages(data: int, bytes: int) -> None: ...
+def zeros(bytes: int) -> NDArray[np.uint8]: ...
 def prepared_bytes(weight: Weight, rows: int) -> int: ...
 def linear(
     program: Program | None, weight: Weight, x: Matrix, prepared: int, y: Matrix, rows: int
@@ -138,6 +142,18 @@ def argmax(
     chosen: int,
     block: int,
     out: int,
+    probability: int,
+    rows: int,
+    n: int,
+) -> None: ...
+def scatter_blocks(
+    program: Program | None,
+    x: Matrix,
+    ids: int,
+    chosen: int,
+    block: int,
+    count: int,
+    out: Matrix,
     rows: int,
     n: int,
 ) -> None: ...

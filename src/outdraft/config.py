@@ -5,7 +5,9 @@ from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
 
-SpecType = Literal["auto", "off", "gemma4-assistant", "ngram", "ngram+gemma4-assistant"]
+SpecType = Literal[
+    "auto", "off", "gemma4-assistant", "draft-model", "ngram", "ngram+gemma4-assistant"
+]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
@@ -29,7 +31,8 @@ class EngineConfig:
 
     Attributes:
         spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
-            repeats the text itself; `ngram+gemma4-assistant` does where a long match is found.
+            repeats the text itself, `ngram+gemma4-assistant` does where a long match is found;
+            `draft-model` is a smaller model of the same tokenizer, named by `assistant`.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
@@ -52,6 +55,10 @@ class EngineConfig:
             of `ctx_size` always fits.
         prefix_cache: keep keys and values for later prompts that begin alike.
         threads: CPU threads; None leaves PyTorch's choice.
+        cache_dir: where the kernels' packed weights are kept for the next start; None: nowhere.
+        cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.
+        cache_max_gb: of all files there, in 10^9 bytes; the least recently used are removed. None
+            is no limit.
 
     Raises:
         OutdraftError: a value is outside its range.
@@ -73,6 +80,9 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     threads: int | None = None
+    cache_dir: str | None = None
+    cache_min_mb: int = 0
+    cache_max_gb: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES:
@@ -88,6 +98,8 @@ class EngineConfig:
             ("prefill_chunk", 1, 2**20),
             ("kv_cache_tokens", 1, 2**40),
             ("threads", 1, 4096),
+            ("cache_min_mb", 0, 2**40),
+            ("cache_max_gb", 0, 2**40),
         ):
             number = getattr(self, name)
             if number is not None and not low <= number <= high:

@@ -21,19 +21,33 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_kernels(outdraft: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SIZES", ((64, 96), (48, 64)))
     monkeypatch.setattr(kernels, "ROWS", (1, 2, 20))
     monkeypatch.setattr(kernels, "cold_bytes", lambda: 1 << 16)
     monkeypatch.setattr(row_kernels, "CONTEXT", 128)
     path = tmp_path / "kernels.json"
-    result = outdraft("bench", "kernels", "--json", path, "--peer", "torch", "--rounds", 1)
+    options = ("--peer", "torch", "--rounds", 1, "--size", "64x96")
+    result = outdraft("bench", "kernels", "--json", path, *options)
     assert result.exit_code == 0, result.output
     assert "64 × 96" in result.stdout and "linear w4: row-invariant" in result.stdout
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert {"read_gb_s", "rows", "row_invariant", "machine", "commit"} <= set(report)
+    assert {"read_gb_s", "rows", "row_invariant", "summary", "machine"} <= set(report)
+    assert set(report["peers"]) == {"torch"}
+    assert {row["backend"] for row in report["rows"]} == {"outdraft", "torch"}
     assert {"backend", "kernel", "rows", "n", "k", "us", "gb_s"} <= set(report["rows"][0])
     assert {row["kernel"] for row in report["others"]} == {"attention bf16", "norm"}
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("size", ["", "64", "64x", "64x97", "0x64", "64x-32", "64 x 96"])
+def test_a_size_that_is_none_is_refused(outdraft: Invoke, size: str) -> None:
+    result = outdraft("bench", "kernels", "--peer", "none", "--size", size)
+    assert result.exit_code == 2 and "--size" in result.stderr
+
+
+@pytest.mark.parametrize("peer", ["", "torch,", "ggml9", "none,torch"])
+def test_an_unknown_library_is_refused(outdraft: Invoke, peer: str) -> None:
+    result = outdraft("bench", "kernels", "--peer", peer, "--size", "64x96")
+    assert result.exit_code == 2 and "--peer" in result.stderr
 
 
 def test_shape(outdraft: Invoke, tmp_path: Path, tiny_shape: str) -> None:

@@ -136,7 +136,8 @@ def test_drafting_changes_nothing(
         )
         assert got.logprobs == want.logprobs and len(got.logprobs) == len(got.tokens)
         if wrong == 0 and len(want.tokens) > 10:
-            assert got.stats.n_accepted > 0.4 * len(want.tokens)
+            kept = got.stats.n_accepted + got.stats.n_forced_accepted
+            assert kept > 0.4 * len(want.tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
@@ -157,6 +158,37 @@ def test_a_schema_gives_valid_json_with_drafting(llm: LLM) -> None:
 def test_a_thousand_schema_requests_are_all_valid(llm: LLM) -> None:
     llm.set_draft_n_max(4)
     check_json(llm, 1000)
+
+
+class Silent(Oracle):
+    """Drafts nothing that stays, and remembers what it was asked behind."""
+
+    def __init__(self) -> None:
+        super().__init__([], 0.0)
+        self.asked: list[list[int]] = []
+
+    def propose(self, view: TargetView, k: int) -> Draft:
+        self.asked += [list(s.tokens) for s in view.sequences]
+        return Draft(torch.full((len(view.sequences), k), 6), [None] * len(view.sequences), [k])
+
+
+def test_forced_tokens_are_drafted_without_the_drafter(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=4, regex="[ab]{3}xyzxyzxyz[ab]{3}uvw")
+    want = plain(llm, params)
+    drafter = Silent()
+    monkeypatch.setattr(llm.runner, "drafter", drafter)
+    llm.set_draft_n_max(4)
+    got = llm.generate(PROMPT, params)
+    assert got.text == want.text and got.text[3:12] == "xyzxyzxyz"
+    stats = got.stats
+    assert stats.n_accepted == 0 and stats.n_forced == stats.n_forced_accepted > 8
+    assert stats.n_emitted == len(got.tokens) > stats.n_passes
+    after = ["".join(want.text[: len(t) - len(PROMPT)]) for t in drafter.asked]
+    assert after and not any(text.endswith(("xyz", "u", "v")) for text in after)
+    llm.set_draft_n_max(0)
+    assert llm.generate(PROMPT, params).stats.n_forced == 0, "plain decoding stays plain"
 
 
 def check_json(llm: LLM, n: int) -> None:

@@ -94,10 +94,14 @@ def free_port() -> int:
 
 @contextmanager
 def live_server(
-    *options: str, model: str = "demo", key: str | None = None, wait: bool = True
+    *options: str,
+    model: str = "demo",
+    key: str | None = None,
+    wait: bool = True,
+    port: int | None = None,
 ) -> Iterator[Live]:
     """Starts `outdraft serve`, ready when the body of the `with` begins."""
-    port = free_port()
+    port = port or free_port()
     keyed = ("--api-key", key) if key else ()
     command = [sys.executable, "-m", "outdraft", "serve", model, "--port", str(port)]
     command += ["--threads", "1", *keyed, *options]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
+from outdraft.ops.memory import zeros
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # Linux; elsewhere the default is used
 MEMORY = Path("/proc/meminfo")
@@ -60,9 +61,8 @@ def peak_bytes() -> int:
 
 
 def random_memory(n_bytes: int) -> Tensor:
-    """uint8 of random bytes, in large pages: what packed weights look like to a read."""
-    memory = torch.empty(n_bytes, dtype=torch.uint8)
-    _core.advise_large_pages(memory.data_ptr(), n_bytes)
+    """uint8 of random bytes in the memory that packed weights have."""
+    memory = zeros([n_bytes], torch.uint8)
     piece = torch.randint(0, 256, (min(n_bytes, 1 << 20),), dtype=torch.uint8)
     for start in range(0, n_bytes, piece.numel()):
         part = memory[start : start + piece.numel()]

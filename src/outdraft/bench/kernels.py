@@ -1,14 +1,14 @@
 """How fast single kernels are: linear of every format, attention and norms, by number of rows.
 
-Weights are cold, as in a model: calls go in turn through copies of a weight that together are
-several times the last-level cache. Ways of computing take turns, with a pure read of cold memory in
-every round, so that a drift of the machine's speed falls on all alike. Not here: other engines'
-kernels (peers/torch_kernels.py), whole models (shape.py).
+Weights are cold, as in a model: calls go in turn through copies of a weight, and before its next
+turn come those of all other backends. Ways of computing take turns, with a pure read of cold memory
+in every round, so that a drift of the machine's speed falls on all alike, and each begins once the
+threads of the one before sleep. Not here: other libraries' kernels (peers/), whole models
+(shape.py).
 
 Shapes: T rows, N outputs, K inputs.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from outdraft.bench.hardware import cold_bytes, random_memory, read_seconds
+from outdraft.bench.stopwatch import clock, settle
 from outdraft.bench.synthetic import synthetic_weight
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import Format, PackedLinear
@@ -26,20 +27,20 @@ from outdraft.ops.record import recording
 FORMATS: tuple[Format, ...] = ("w4", "w8", "bf16")
 SIZES = ((2048, 2048), (6144, 1536), (10240, 2560), (3072, 512))
 """(N, K): a square, the MLPs of Gemma 4 E2B and E4B, and the built-in model's gate and up."""
-ROWS = (1, 2, 3, 4, 5, 8, 16, 128, 512)
-FEW_ROWS = 8
+ROWS = (1, 2, 3, 4, 5, 8, 16, 512)
+FEW_ROWS = 16
 """Up to here a call is limited by reading, and all copies are gone through."""
 MANY_ROWS_A_ROUND = 512
 OURS = "outdraft"
-SETTLE_S = 0.02
-"""Longer than workers without work spin: 0.5 ms ours, a few ms those of OpenMP."""
-
-Run = Callable[[], None]
+BITS: dict[Format, int] = {"w4": 4, "w8": 8, "bf16": 16}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way of computing one thing: `run` does it `n_calls` times, each with other weights."""
+    """One way of computing one thing: `seconds` does it some times, each with other weights.
+
+    It gives the seconds of one call.
+    """
 
     backend: str
     kernel: str
@@ -47,8 +48,7 @@ class Case:
     n: int
     k: int
     n_bytes: int
-    n_calls: int
-    run: Run = field(repr=False)
+    seconds: Callable[[], float] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +60,22 @@ class Timing:
 
 
 class Backend:
-    """Linear of an engine: how it stores a weight, and calls of it.
-
-    `kernel` names the format; `row_invariant` is what a check in this run has found.
-    """
+    """Linear of a library: how it stores a weight in so many `bits`, and calls of it."""
 
     name: str
     kernel: str
+    bits: int
 
-    def prepare(self, n: int, k: int) -> None:
-        """Make enough copies of a weight [N, K] to be cold."""
+    def prepare(self, n: int, k: int, n_bytes: int) -> None:
+        """Make copies of a weight [N, K] that together have so many bytes."""
         raise NotImplementedError
 
     def case(self, rows: int) -> Case:
         """Calls with so many rows on the weights that were prepared."""
         raise NotImplementedError
 
-    def linear(self, x_TK: Tensor) -> Tensor:
-        """One call, with the first weight."""
+    def row_invariant(self) -> bool:
+        """Whether a row's bits depend on no other row, tried on the first weight."""
         raise NotImplementedError
 
 
@@ -89,15 +87,16 @@ class OwnLinear(Backend):
     def __init__(self, format: Format) -> None:
         """For weights of this format."""
         self.kernel = f"linear {format}"
-        self.format = format
+        self.format, self.bits = format, BITS[format]
         self.ops = CpuOps(format=format)
         self.weights: list[PackedLinear] = []
 
-    def prepare(self, n: int, k: int) -> None:
+    def prepare(self, n: int, k: int, n_bytes: int) -> None:
         """See `Backend`."""
+        self.weights = []
         first = synthetic_weight(self.format, 1, n, k)
         self.weights = [first] + [
-            synthetic_weight(self.format, 1, n, k) for _ in range(1, n_copies(first.n_bytes))
+            synthetic_weight(self.format, 1, n, k) for _ in range(1, -(-n_bytes // first.n_bytes))
         ]
 
     def case(self, rows: int) -> Case:
@@ -108,18 +107,19 @@ class OwnLinear(Backend):
         with recording(self.ops) as program:
             for weight in used:
                 self.ops.linear(x_TK, weight)
-        return Case(
-            OURS, self.kernel, rows, first.n, first.k, first.n_bytes, len(used), program.replay
-        )
+
+        def seconds() -> float:
+            return clock(program.replay) / len(used)
+
+        return Case(OURS, self.kernel, rows, first.n, first.k, first.n_bytes, seconds)
+
+    def row_invariant(self) -> bool:
+        """See `Backend`."""
+        return rows_agree(self.linear, self.weights[0].k)
 
     def linear(self, x_TK: Tensor) -> Tensor:
-        """See `Backend`."""
+        """One call, with the first weight."""
         return self.ops.linear(x_TK, self.weights[0])
-
-
-def n_copies(n_bytes: int) -> int:
-    """Copies of a weight that together are never found in a cache."""
-    return -(-cold_bytes() // n_bytes)
 
 
 def n_calls(copies: int, rows: int) -> int:
@@ -142,7 +142,8 @@ def measure_kernels(
     Returns:
         `read_gb_s`; `rows`, one entry a backend, kernel, size and number of rows, see `_entry`;
         `others`, the same of `more`;
-        `row_invariant`: backend and kernel -> whether a row's bits depend on no other row.
+        `row_invariant`: backend and kernel -> whether a row's bits depend on no other row;
+        `bits`: backend and kernel -> bits a weight.
     """
     cold = random_memory(cold_bytes())
     timings: list[Timing] = []
@@ -150,9 +151,9 @@ def measure_kernels(
     invariant: dict[str, bool] = {}
     for n, k in sizes:
         for backend in backends:
-            backend.prepare(n, k)
+            backend.prepare(n, k, cold.numel() // 2)
             label = f"{backend.name} {backend.kernel}"
-            invariant[label] = invariant.get(label, True) and rows_agree(backend.linear, k)
+            invariant[label] = invariant.get(label, True) and backend.row_invariant()
         cases = [backend.case(count) for count in rows for backend in backends]
         timings += time_in_turn(cases, rounds, lambda: reads.append(read_seconds([cold])))
     others = time_in_turn(more, rounds, lambda: reads.append(read_seconds([cold])))
@@ -162,25 +163,20 @@ def measure_kernels(
         "rows": [_entry(timing, timings, read_gb_s) for timing in timings],
         "others": [_entry(timing, others, read_gb_s) for timing in others],
         "row_invariant": invariant,
+        "bits": {f"{backend.name} {backend.kernel}": backend.bits for backend in backends},
     }
 
 
-def time_in_turn(cases: Sequence[Case], rounds: int, between: Run) -> list[Timing]:
-    """All cases in each round, every other round backwards; the first round is not counted.
-
-    Idle workers of the backend before spin for a while on the cores that the next one needs: each
-    case waits until they sleep.
-    """
+def time_in_turn(cases: Sequence[Case], rounds: int, between: Callable[[], object]) -> list[Timing]:
+    """All cases in each round, every other round backwards; the first round is not counted."""
     timings = [Timing(case, []) for case in cases]
     for index in range(rounds + 1):
         between()
         for timing in reversed(timings) if index % 2 else timings:
-            time.sleep(SETTLE_S)
-            start = time.perf_counter()
-            timing.case.run()
-            spent = time.perf_counter() - start
+            settle()
+            spent = timing.case.seconds()
             if index > 0:
-                timing.seconds.append(spent / timing.case.n_calls)
+                timing.seconds.append(spent)
     return timings
 
 

@@ -190,6 +190,7 @@ class Rig:
         check_fits(shape.name, needed + memory.n_bytes)
         ops, draft_ops = SyntheticOps(settings.quant), SyntheticOps(settings.draft_format)
         model = synthetic_target(config, ops, n_positions)
+        assert isinstance(model, Gemma4)
         assistant = synthetic_assistant(shape.assistant, draft_ops, n_positions)
         kinds = dict.fromkeys(shape.assistant.text.layer_types)
         kv_layers: dict[str, int] = {kind: config.last_owner(kind) for kind in kinds}

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from outdraft.models import gemma4_assistant
-from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.registry import GEMMA4, Family
+from outdraft.ops.arena import Arena
 from outdraft.ops.base import Role
 from outdraft.ops.cpu import CpuOps
-from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear
+from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
+from outdraft.ops.stored import Rows, StoredWeight
 from outdraft.weights.load import ExpectedTensor
 
 DISTINCT_ROWS = 16 * PANEL_ROWS
@@ -34,9 +37,9 @@ GROUP = 32
 class TimedProgram(Program):
     """A program that adds up how long its replays took."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
         """An empty program."""
-        super().__init__()
+        super().__init__(arena)
         self.seconds = 0.0
 
     def replay(self) -> None:
@@ -63,20 +66,19 @@ class SyntheticOps(CpuOps):
     def begin(self, program: Replayable | None) -> Program:
         """See `Recordable`."""
         if program is None:
-            program = TimedProgram()
+            program = TimedProgram(self.arena)
             self.programs.append(program)
         return CpuOps.begin(self, program)
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
+    def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
         """A weight of this shape."""
         packed = synthetic_weight(self.stored_as(role), *_dimensions(weight.shape))
         self.weights.append(packed)
         return packed
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> PackedLinear:
         """See `Ops.pack_blocks`."""
-        blocks = torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta")
-        return self.pack(blocks, "embedding")
+        return self.pack(weight_VK.take(ids_CN), "embedding")
 
     def route(
         self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
@@ -93,24 +95,18 @@ class CountingOps(CpuOps):
 
     n_bytes: int = 0
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> Any:
+    def pack(self, weight: Any, role: Role = "linear") -> Any:
         """Count a weight of this shape."""
         self.n_bytes += packed_bytes(self.stored_as(role), *_dimensions(weight.shape))
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Any:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> Any:
         """See `Ops.pack_blocks`."""
-        self.pack(torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta"), "embedding")
+        self.pack(weight_VK.take(ids_CN), "embedding")
 
 
 def packed_bytes(format: Format, n_blocks: int, n: int, k: int) -> int:
     """`PackedLinear.n_bytes` of a weight that does not exist yet."""
-    rows = -(-n // PANEL_ROWS) * PANEL_ROWS * n_blocks
-    if format == "w4":
-        groups = -(-k // GROUP)
-        return rows * groups * (GROUP // 2 + 2)  # and a scale in fp16
-    if format == "w8":
-        return rows * (-(-k // 4) * 4 + 8)  # and a scale in fp32, a sum in int32
-    return rows * -(-k // 2) * 4
+    return sum(part_bytes(format, n, k, group=GROUP, n_blocks=n_blocks))
 
 
 def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLinear:
@@ -134,9 +130,11 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
         piece.copy_(part[: piece.numel()])
 
 
-def synthetic_target(config: Gemma4Config, ops: CpuOps, n_positions: int) -> Gemma4:
+def synthetic_target(
+    config: TargetConfig, ops: CpuOps, n_positions: int, family: Family = GEMMA4
+) -> TargetModel:
     """A target whose weights `ops` makes up (or only counts)."""
-    return Gemma4(config, placeholders(expected_tensors(config)), ops, n_positions)
+    return family.build(config, placeholders(family.expected_tensors(config)), ops, n_positions)
 
 
 def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:
@@ -145,20 +143,32 @@ def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) 
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
-def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor]:
-    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order."""
-    made = {}
+def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor | StoredWeight]:
+    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order.
+
+    No tensors of PyTorch's `meta` device: making one loads 150 MB of code.
+    """
+    made: dict[str, Tensor | StoredWeight] = {}
     for name, tensor in expected.items():
         if tensor.dtype is not None:
             made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
         elif len(tensor.shape) == 1:
             made[name] = torch.ones(tensor.shape)
         else:
-            made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+            made[name] = nothing_but_shape(tensor.shape)
     return made
 
 
-def _dimensions(shape: torch.Size) -> tuple[int, int, int]:
+def nothing_but_shape(shape: tuple[int, ...]) -> StoredWeight:
+    """A weight that cannot be read."""
+
+    def read(block: int, first: int, count: int) -> Rows:
+        raise AssertionError("a made-up weight has no values")
+
+    return StoredWeight("made up", shape, torch.bfloat16, "float", read)
+
+
+def _dimensions(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """E, N, K."""
     n, k = shape[-2:]
     return shape[0] if len(shape) == 3 else 1, n, k

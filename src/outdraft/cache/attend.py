@@ -10,12 +10,13 @@ Shapes: T rows, H query heads, D head dimension, B sequences.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.cache.numbers import Numbers
-from outdraft.ops.base import AttentionRows, Heads, KvPages, Ops, PageSlots
+from outdraft.cache.tables import Ints
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, Heads, KvPages, Ops, PageSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class CausalAttend:
 
 @dataclass(frozen=True, slots=True)
 class CausalCall:
-    """What changes from one call of a model to the next with as many rows and sequences.
+    """What changes from one call of a model to the next with as many rows.
 
     All other tensors, those of `attend` included, are views of `numbers`: to prepare a recorded
     call is to copy one tensor.
@@ -53,22 +54,47 @@ class CausalCall:
     attend: CausalAttend
 
     @classmethod
+    def of(cls, memory: Memory, ops: Ops, numbers: Tensor) -> "CausalCall":
+        """Over what `causal_numbers` made."""
+        own, tables = memory.tables.views(numbers, 4 + 2 * len(memory.groups))
+        token_T, position_T, sequence_T, slot_T, *parts = own
+        slots, rows = {}, {}
+        for i, group in enumerate(memory.groups):
+            page_T, lo_T = parts[2 * i : 2 * i + 2]
+            slots[group] = PageSlots(page_T, slot_T)
+            rows[group] = AttentionRows.of([*tables[group], sequence_T, lo_T, position_T])
+        return cls(numbers, token_T, position_T, CausalAttend(memory, ops, slots, rows))
+
+    @classmethod
     def prepare(
         cls, memory: Memory, ops: Ops, spans: Sequence[Span], tokens: list[int]
     ) -> "CausalCall":
         """The next rows of these sequences, with their tokens; `memory.reserve` comes first."""
-        numbers = Numbers()
-        numbers.add(tokens)
-        numbers.add([p for span in spans for p in memory.positions(span)])
-        for group in memory.groups:
-            memory.add_slots(numbers, group, spans)
-            memory.add_causal_rows(numbers, group, spans)
-        flat, (token_T, position_T, *parts) = numbers.build()
-        slots, rows = {}, {}
-        for i, group in enumerate(memory.groups):
-            own = parts[7 * i : 7 * i + 7]
-            slots[group], rows[group] = PageSlots(own[0], own[1]), AttentionRows.of(own[2:])
-        return cls(flat, token_T, position_T, CausalAttend(memory, ops, slots, rows))
+        return cls.of(memory, ops, causal_numbers(memory, spans, tokens))
+
+
+def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
+    """All numbers of a call, int32, of which `CausalCall` is made; `memory.reserve` comes first.
+
+    A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence.
+    """
+    own = memory.tables.slots([span.sequence for span in spans])
+    rows = np.empty((4 + 2 * len(memory.groups), len(tokens)), np.int32)
+    token_T, position_T, sequence_T, slot_T = rows[:4]
+    token_T[:] = tokens
+    position_T[:] = [p for span in spans for p in memory.positions(span)]
+    sequence_T[:] = [s for s, span in zip(own, spans, strict=True) for _ in range(span.n_rows)]
+    np.remainder(position_T, PAGE_SLOTS, out=slot_T)
+    page_T = position_T // PAGE_SLOTS
+    for i, (name, group) in enumerate(memory.groups.items()):
+        rows[4 + 2 * i] = memory.tables.pages(name, sequence_T, page_T)
+        rows[5 + 2 * i] = first_visible(position_T, group.window)
+    return memory.tables.behind(rows)
+
+
+def first_visible(newest_T: Ints, window: int | None) -> Ints | int:
+    """The first key that a row sees whose last is `newest_T`."""
+    return 0 if window is None else np.maximum(newest_T - (window - 1), 0)
 
 
 @dataclass(frozen=True, slots=True)

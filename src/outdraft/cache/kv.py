@@ -6,15 +6,16 @@ Shapes: P pages, G key/value heads, S slots in a page, D head dimension.
 import torch
 
 from outdraft.ops.base import PAGE_SLOTS, KvPages
+from outdraft.ops.memory import zeros
 
 
 def empty_pages(n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KvPages:
     """Pages of zeros; int8 ones with scales, fp32 [P, G, S]."""
     shape = (n_pages, n_kv_heads, PAGE_SLOTS, head_dim)
-    k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    k, v = zeros(shape, dtype), zeros(shape, dtype)
     if dtype != torch.int8:
         return KvPages(k, v)
-    return KvPages(k, v, torch.zeros(shape[:3]), torch.zeros(shape[:3]))
+    return KvPages(k, v, zeros(shape[:3], torch.float32), zeros(shape[:3], torch.float32))
 
 
 def clear_pages(store: KvPages, pages: list[int]) -> None:

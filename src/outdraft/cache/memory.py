@@ -14,8 +14,8 @@ import torch
 
 from outdraft.cache.books import GroupBooks, PageBooks
 from outdraft.cache.kv import clear_pages, empty_pages, n_bytes
-from outdraft.cache.numbers import Numbers
 from outdraft.cache.pages import PagePool
+from outdraft.cache.tables import PageTables
 from outdraft.ops.base import PAGE_SLOTS, KvPages
 
 
@@ -96,6 +96,7 @@ class Memory:
                 n_pool = max(n_pages, min(n_shared, n_pages * max_sequences + n_cached))
             books[layer.group] = GroupBooks(layer.window, n_pages, PagePool(n_pool))
         self.books = PageBooks(books, PAGE_SLOTS, prefix_cache=prefix_cache)
+        self.tables = PageTables(self.books, max_sequences)
         self.lengths = self.books.lengths
         self.groups = {name: _Group(group) for name, group in books.items()}
         for index, layer in enumerate(self.layers):
@@ -151,44 +152,6 @@ class Memory:
     def trim(self, sequence: str) -> None:
         """Free pages that no later row sees. The length must be final: rollback comes first."""
         self.books.trim(sequence)
-
-    def add_slots(self, numbers: Numbers, group: str, spans: Sequence[Span]) -> None:
-        """Where the next rows of these sequences go (`reserve` comes first): page, slot [T]."""
-        pages, slots = [], []
-        for span in spans:
-            table = self.groups[group].tables[span.sequence]
-            for position in self.positions(span):
-                pages.append(table.pages[position // PAGE_SLOTS - table.first_page])
-                slots.append(position % PAGE_SLOTS)
-        numbers.add(pages)
-        numbers.add(slots)
-
-    def add_causal_rows(self, numbers: Numbers, group: str, spans: Sequence[Span]) -> None:
-        """A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence."""
-        window = self.groups[group].window
-        lo, hi = [], []
-        for span in spans:
-            for p in self.positions(span):
-                hi.append(p)
-                lo.append(0 if window is None else max(0, p - window + 1))
-        self.add_rows(numbers, group, spans, lo, hi)
-
-    def add_rows(
-        self, numbers: Numbers, group: str, spans: Sequence[Span], lo: list[int], hi: list[int]
-    ) -> None:
-        """The five tensors of `AttentionRows`; rows see key positions `lo[t] .. hi[t]`.
-
-        Page tables are as wide as any sequence's can get, so that calls with as many rows and
-        sequences have the same layout.
-        """
-        tables = [self.groups[group].tables[span.sequence] for span in spans]
-        width = self.groups[group].max_pages
-        padded = [page for t in tables for page in t.pages + [0] * (width - len(t.pages))]
-        numbers.add(padded, len(spans), width)
-        numbers.add([table.first_page for table in tables])
-        numbers.add([b for b, span in enumerate(spans) for _ in range(span.n_rows)])
-        numbers.add(lo)
-        numbers.add(hi)
 
     def positions(self, span: Span) -> range:
         """Where the next rows of a sequence stand."""

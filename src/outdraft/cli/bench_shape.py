@@ -48,7 +48,7 @@ def bench_shape(
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.shape import Settings, measure_shape
     from outdraft.bench.shapes import find_shape
-    from outdraft.engine.engine import set_threads
+    from outdraft.ops.threads import set_threads
 
     set_threads(threads, compiled=True)
     settings = Settings(

@@ -10,12 +10,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from outdraft import _core
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
-from outdraft.engine.costs import measure_costs
+from outdraft.engine.costs import Bench, measure_costs
+from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
@@ -24,7 +22,6 @@ from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.engine.stats import EngineStats, snapshot
 from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
-from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps
 from outdraft.request import FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
@@ -33,6 +30,7 @@ from outdraft.text.chat import ChatTemplate
 from outdraft.text.stream import IncrementalDetokenizer, StopStrings
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.find import resolve_model
+from outdraft.weights.loading import Loading
 
 
 @dataclass(slots=True)
@@ -85,17 +83,20 @@ class LLM:
     Args:
         model: `demo`, a directory, or a Hugging Face id that has been downloaded.
         config: how to load and run it.
+        loading: told how far loading is, and what went otherwise than expected.
 
     Raises:
         ModelError: the model, or a drafter that was asked for, cannot be used.
     """
 
-    def __init__(self, model: str, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: str, config: EngineConfig | None = None, loading: Loading | None = None
+    ) -> None:
         self.config = config or EngineConfig()
         path = resolve_model(model)
-        self.target = load_target(path, self.config)
-        set_threads(self.config.threads, compiled=isinstance(self.target.ops, CpuOps))
-        self.pairing = build_drafter(self.target, self.config)
+        self.loading = loading or Loading()
+        self.target = load_target(path, self.config, self.loading)
+        self.pairing = build_drafter(self.target, self.config, TargetPass, self.loading)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
@@ -156,7 +157,7 @@ class LLM:
     def set_draft_auto(self) -> None:
         """Choose draft lengths by measured costs and acceptance, from the next step on.
 
-        Costs are measured at the first call, in under half a second, if nothing is in progress.
+        Costs are measured at the first call, in about half a second, if nothing is in progress.
 
         Raises:
             OutdraftError: there is no drafter.
@@ -165,10 +166,10 @@ class LLM:
         if drafter is None:
             raise OutdraftError("no draft length can be chosen", self.pairing.reason)
         if self.lengths is None:
-            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts)
+            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts, drafter=drafter)
             if not self.scheduler.busy:
-                target_pass = self.runner.target_pass
-                measure_costs(self.lengths, self.target, target_pass, drafter, self.memory, k)
+                bench = Bench(self.target, self.runner.target_pass, drafter, self.memory)
+                measure_costs(self.lengths, bench, k, self.config.max_sequences)
         self.scheduler.n_draft_max = k
         self.scheduler.draft_lengths = self.lengths.choose
         self.runner.lengths = self.lengths
@@ -372,21 +373,6 @@ def completion_of(sequence: Sequence, text: str) -> Completion:
         logprobs=list(sequence.logprobs),
         prompt_logprobs=list(sequence.prompt_logprobs),
     )
-
-
-def set_threads(n_threads: int | None, *, compiled: bool) -> None:
-    """Give the processor to the kernels or to PyTorch, never to both.
-
-    A worker of the one that waits for its next call would spin on the core that the other needs:
-    with both on all cores, sampling ran at a fifth of its speed.
-
-    Args:
-        n_threads: None is PyTorch's own choice, whichever of the two has it now.
-        compiled: the kernels do the work.
-    """
-    n_threads = n_threads or max(torch.get_num_threads(), _core.threads())
-    torch.set_num_threads(1 if compiled else n_threads)
-    _core.set_threads(n_threads if compiled else 1)
 
 
 def _each(params: SamplingParams) -> list[SamplingParams]:

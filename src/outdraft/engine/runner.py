@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
+from outdraft.engine.decide import (
+    NO_DRAFTS,
+    Block,
+    admissible,
+    decide,
+    forced_block,
+    report_prompt,
+    reported,
+)
 from outdraft.engine.graphs import Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
@@ -38,6 +46,17 @@ class _Proposal:
     view: TargetView | None
     blocks: dict[str, Block]
     accepted: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Rows:
+    """One sequence's part of a pass: where its rows are, the best id of the scored ones."""
+
+    start: int
+    n_rows: int
+    best: list[int]
+    hidden_TH: Tensor  # of the whole pass
+    logits_RV: Tensor
 
 
 class Runner:
@@ -89,7 +108,9 @@ class Runner:
         that says `error`.
         """
         start, n_failed = time.perf_counter(), self._n_failed
-        proposal = self._propose(plan, sequences)
+        given = self._forced(plan, sequences)
+        proposal = self._propose([w for w in plan.work if w.sequence not in given], sequences)
+        proposal.blocks.update(given)
         drafted = time.perf_counter()
         self.counters.plan(plan, sum(len(block.tokens) for block in proposal.blocks.values()))
         forward_s, events = self._run(plan.work, sequences, proposal)
@@ -121,16 +142,14 @@ class Runner:
         blocks = {
             s: (len(block.tokens), proposal.accepted[s])
             for s, block in proposal.blocks.items()
-            if block.tokens and s in proposal.accepted
+            if block.tokens and not block.forced and s in proposal.accepted
         }
         n_rows = sum(w.n_rows for w in plan.work)
         n_rows += sum(len(block.tokens) for block in proposal.blocks.values())
         prompts = any(w.n_rows > 1 or sequences[w.sequence].stats.n_passes < 2 for w in plan.work)
-        depth = max((w.n_drafts for w in plan.work), default=0)
-        clean = not failed and not prompts and len(plan.work) > 0
-        lengths.observe(
-            decoding, StepCosts(len(decoding), n_rows, depth, *times, blocks, clean=clean)
-        )
+        forced = any(block.forced for block in proposal.blocks.values())
+        clean = not failed and not prompts and not forced and len(plan.work) > 0
+        lengths.observe(decoding, StepCosts(len(decoding), n_rows, *times, blocks, clean=clean))
 
     def _run(
         self, work: Seq[Work], sequences: Mapping[str, Sequence], proposal: _Proposal
@@ -154,52 +173,70 @@ class Runner:
                 return self._run(work, sequences, proposal)
             return 0.0, [self._fail(sequence, error)]
         forward_s = time.perf_counter() - start
+        return forward_s, self._finish_all(work, sequences, done, proposal)
+
+    def _finish_all(
+        self, work: Seq[Work], sequences: Mapping[str, Sequence], done: Pass, proposal: _Proposal
+    ) -> list[TokenEvent]:
+        """What follows a pass, for one sequence after another."""
+        best = done.best_R.tolist()
         events: list[TokenEvent] = []
+        newest: dict[str, int] = {}  # the row of each sequence's newest token in memory
         row = scored = 0
         for w in work:
             sequence = sequences[w.sequence]
-            n_rows = w.n_rows + len(proposal.blocks.get(w.sequence, NO_DRAFTS).tokens)
+            block = proposal.blocks.get(w.sequence, NO_DRAFTS)
+            n_rows = w.n_rows + len(block.tokens)
             n_scored = n_rows - w.n_rows + 1 if w.n_rows == sequence.n_pending else 0
-            rows_H = done.hidden_TH[row : row + n_rows]
             scores = slice(scored, scored + n_scored)
+            own = _Rows(row, n_rows, best[scores], done.hidden_TH, done.logits_RV[scores])
             row, scored = row + n_rows, scored + n_scored
             n_tokens = len(sequence.tokens)
             try:
-                own = Pass(rows_H, done.logits_RV[scores], done.best_R[scores])
-                events += self._finish(sequence, w, own, proposal)
+                n_kept = self._finish(sequence, w, own, proposal, events)
+                newest[sequence.id] = own.start + n_kept - 1
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
-        return forward_s, events
+        if self.drafter is not None and self.drafter.needs.final_hidden and newest:
+            kept_BH = done.hidden_TH[list(newest.values())]
+            self.hidden.update(zip(newest, kept_BH.unbind(), strict=True))
+        return events
 
     def _finish(
-        self, sequence: Sequence, work: Work, own: Pass, proposal: _Proposal
-    ) -> list[TokenEvent]:
-        """What follows the pass for one sequence, of whose rows `own` is the part."""
-        self.memory.advance(sequence.id, own.hidden_TH.shape[0])
-        report_prompt(self.target, sequence, own.hidden_TH)
+        self,
+        sequence: Sequence,
+        work: Work,
+        own: "_Rows",
+        proposal: _Proposal,
+        events: list[TokenEvent],
+    ) -> int:
+        """What follows the pass for one sequence; how many of its rows stay in memory."""
+        self.memory.advance(sequence.id, own.n_rows)
+        if sequence.request.params.prompt_logprobs is not None:
+            report_prompt(self.target, sequence, own.hidden_TH[own.start :][: own.n_rows])
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
-            if not bool(torch.isfinite(own.hidden_TH).all()):
+            if not bool(torch.isfinite(own.hidden_TH[own.start :][: own.n_rows]).all()):
                 raise _not_finite()
-            self._keep_rows(sequence, own.hidden_TH, work.n_rows)
+            self._keep_rows(sequence, own.n_rows, work.n_rows)
             self._settle(sequence)
-            return []
+            return work.n_rows
         block = proposal.blocks.get(sequence.id, NO_DRAFTS)
-        n_good = _n_finite(own)
+        n_good = own.best.index(-1) if -1 in own.best else len(own.best)
         if n_good == 0:
             raise _not_finite()
         if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
             probs = block.probs_KV
-            block = Block(
-                block.tokens[: n_good - 1], None if probs is None else probs[: n_good - 1]
-            )
-        logits_RV, best_R = own.logits_RV[:n_good], own.best_R[:n_good]
-        verdict = decide(sequence, block, logits_RV, best_R)
-        self._keep_rows(sequence, own.hidden_TH, work.n_rows + verdict.n_accepted)
+            probs = None if probs is None else probs[: n_good - 1]
+            block = Block(block.tokens[: n_good - 1], probs, block.forced)
+        logits_RV = own.logits_RV[:n_good]
+        verdict = decide(sequence, block, logits_RV, own.best)
+        n_kept = work.n_rows + verdict.n_accepted
+        self._keep_rows(sequence, own.n_rows, n_kept)
         proposal.accepted[sequence.id] = verdict.n_accepted
-        events = self._commit(sequence, block, verdict, logits_RV)
+        events += self._commit(sequence, block, verdict, logits_RV)
         self._settle(sequence)
-        return events
+        return n_kept
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         """End a request that caused an exception. Its memory is released when it is closed."""
@@ -207,10 +244,22 @@ class Runner:
         message = str(error) if isinstance(error, OutdraftError) else _describe(error)
         return sequence.abort(FinishReason.ERROR, message)
 
-    def _propose(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> _Proposal:
+    def _forced(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> dict[str, Block]:
+        """Blocks of those whose grammar says how they go on; the drafter is not asked for them."""
+        blocks = {}
+        for w in plan.work:
+            try:
+                block = forced_block(sequences[w.sequence], w.n_drafts) if w.n_drafts else None
+            except Exception:  # it comes again where the request fails of it alone
+                block = None
+            if block is not None:
+                blocks[w.sequence] = block
+        return blocks
+
+    def _propose(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> _Proposal:
         """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
         nothing = _Proposal(None, {}, {})
-        work = [w for w in plan.work if w.n_drafts > 0]
+        work = [w for w in work if w.n_drafts > 0]
         if not work or self.drafter is None:
             return nothing
         try:
@@ -296,11 +345,11 @@ class Runner:
             self.memory.reserve(w.sequence, len(tokens) - first)
         return self.target_pass.run(tokens, spans, wanted)
 
-    def _keep_rows(self, sequence: Sequence, rows_H: Tensor, n_kept: int) -> None:
+    def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""
-        self.memory.rollback(sequence.id, rows_H.shape[0] - n_kept)
+        if n_kept < n_rows:
+            self.memory.rollback(sequence.id, n_rows - n_kept)
         sequence.n_computed += n_kept
-        self.hidden[sequence.id] = rows_H[n_kept - 1].clone()
 
     def _settle(self, sequence: Sequence) -> None:
         """Share pages of committed tokens with later requests, then free what is out of sight."""
@@ -314,7 +363,7 @@ class Runner:
         logprobs = reported(sequence, tokens, logits_RV)
         events = sequence.keep(tokens, verdict.n_accepted, logprobs)
         for stats in (sequence.stats, self.counters.drafts):
-            stats.count(len(block.tokens), verdict.n_accepted, len(events))
+            stats.count(len(block.tokens), verdict.n_accepted, len(events), forced=block.forced)
         if self.logits_log is not None:
             self.logits_log.setdefault(sequence.id, []).extend(logits_RV[: len(events)].clone())
         return events
@@ -338,13 +387,6 @@ class Runner:
             sequence.times.draft_s += drafted - start
             sequence.times.forward_s += forwarded - drafted
             sequence.times.rest_s += end - forwarded
-
-
-def _n_finite(own: Pass) -> int:
-    """How many rows, from the front, have a finite best logit."""
-    best_R = own.logits_RV.gather(-1, own.best_R[:, None].long())[:, 0]
-    finite_R = torch.isfinite(best_R)
-    return len(finite_R) if bool(finite_R.all()) else finite_R.tolist().index(False)
 
 
 def _not_finite() -> OutdraftError:

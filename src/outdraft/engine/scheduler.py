@@ -135,6 +135,9 @@ class Scheduler:
         try:
             wanted = self.draft_lengths(decoding)
             assert len(wanted) == len(decoding)
+            most = self.n_draft_max
+            pairs = zip(decoding, wanted, strict=True)
+            wanted = [max(n, min(s.n_forced, most)) for s, n in pairs]
         except Exception:  # choosing a length must not cost a request
             self.stats.n_draft_length_failures += 1
             wanted = [0] * len(decoding)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer
 from outdraft.models.gemma4_config import Gemma4Config, LayerKind
-from outdraft.models.layers import Attend, inverse_frequencies, rotary_table
+from outdraft.models.layers import Attend, at_least_fp32, inverse_frequencies, rotary_table
 from outdraft.ops.base import Heads, Ops, Rotary, Weight
 from outdraft.ops.stored import StoredWeight, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
@@ -160,11 +160,6 @@ class Layer:
             else:
                 matrices[name] = ops.pack(tensor, "router" if "router" in name else "linear")
         return cls(norms, matrices, scalar, gate_up[0].shape[0])
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or as it is when wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Gemma4:

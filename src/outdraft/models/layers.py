@@ -1,14 +1,16 @@
-"""Pieces that several models share: attention as a callback, rotary tables.
+"""Pieces that several models share: what a target is, attention as a callback, rotary tables.
 
 Shapes: T rows, H query heads, G key/value heads, D head dimension.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from outdraft.ops.base import Heads
+from outdraft.errors import ModelError
+from outdraft.ops.base import Heads, Ops
 
 
 class Attend(Protocol):
@@ -21,6 +23,73 @@ class Attend(Protocol):
     def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """Store k and v (None: the layer reads another layer's) and attend; [T, H, D]."""
         ...
+
+
+class TargetConfig(Protocol):
+    """What the engine reads of any family's config."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding included."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence the model was made for."""
+        ...
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """Head dimensions that its layers have."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Type of the checkpoint's weights."""
+        ...
+
+
+class TargetModel(Protocol):
+    """A model that generates: tokens to hidden states, hidden states to scores."""
+
+    @property
+    def ops(self) -> Ops:
+        """What it computes with."""
+        ...
+
+    def embed(self, token_T: Tensor) -> Tensor:
+        """Input embeddings [T, K]."""
+        ...
+
+    def forward(self, token_T: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the final norm, [T, K]."""
+        ...
+
+    def logits(self, hidden_RK: Tensor) -> Tensor:
+        """fp32 logits [R, V] of final hidden states."""
+        ...
+
+
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """A field that is a positive whole number.
+
+    Raises:
+        ModelError: it is missing or is something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"config.json: {key} is {value!r}", "it has to be a positive whole number")
+    return value
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or as it is when wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_frequencies(head_dim: int, theta: float, partial_rotary_factor: float) -> Tensor:

@@ -20,6 +20,8 @@ PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
+Activation = Literal["gelu_tanh", "silu"]
+
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
 
@@ -84,12 +86,13 @@ class Heads:
     """Raw keys or values of one call, with what is to be done to them before they are stored.
 
     Storing is part of it because a kernel does norm, rotation and the write to memory at once.
+    `eps` None: no norm.
     """
 
     raw_TGD: Tensor
     norm_D: Tensor | None
     rotary: Rotary | None
-    eps: float
+    eps: float | None
 
     def value(self, ops: "Ops") -> Tensor:
         """Normed and rotated, [T, G, D]."""
@@ -151,9 +154,12 @@ class Ops(Protocol):
         ...
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
-        """RMS norm over each head, then rotation of (i, i + D/2) pairs unless `rotary` is None."""
+        """RMS norm over each head, then rotation of (i, i + D/2) pairs unless `rotary` is None.
+
+        With an `eps` of None there is no norm.
+        """
         ...
 
     def write_heads(
@@ -165,13 +171,13 @@ class Ops(Protocol):
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """As `norm_rope`, written into pages of keys or of values."""
         ...
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
-        """gelu_tanh(gate) * up."""
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
+        """activation(gate) * up."""
         ...
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
@@ -189,7 +195,13 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, x_TK: Tensor, gate_up: Weight, down: Weight, ids_TA: Tensor, weights_TA: Tensor
+        self,
+        x_TK: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        ids_TA: Tensor,
+        weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K]."""
         ...
@@ -208,10 +220,20 @@ class Ops(Protocol):
         """fp32 scores [T, V] of the tokens in each row's chosen blocks, -inf elsewhere."""
         ...
 
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: Weight, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`best` of `score_blocks`, without the scores."""
+        ...
+
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
         """tanh(logits / cap) * cap of fp32 logits; may be done in place."""
         ...
 
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """int32 id of each row's largest fp32 logit, the lowest of equals."""
+        ...
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """`argmax` of each row, and what softmax over its fp32 logits gives it: int32, fp32 [T]."""
         ...

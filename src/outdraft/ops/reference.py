@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
+from outdraft.ops.base import (
+    PAGE_SLOTS,
+    Activation,
+    AttentionRows,
+    KvPages,
+    PageSlots,
+    Role,
+    Rotary,
+)
 
 TILE_ROWS = 8
 _VECTOR = 64  # elements: a multiple of what any vectorised loop takes at once
@@ -107,10 +115,10 @@ class ReferenceOps:
         return y_TK if scale == 1.0 else y_TK * scale
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
         """See `Ops.norm_rope`."""
-        y = _rms_norm_fp32(x_THD, weight_D, eps)
+        y = x_THD.float() if eps is None else _rms_norm_fp32(x_THD, weight_D, eps)
         if rotary is not None:
             at_T = rotary.position_T[: x_THD.shape[0]]  # a call's padding rows are not stored
             cos, sin = rotary.cos[at_T][:, None], rotary.sin[at_T][:, None]
@@ -127,24 +135,24 @@ class ReferenceOps:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """See `Ops.write_heads`."""
         assert scales_PGS is None
         heads_TGD = self.norm_rope(x_TGD, weight_D, rotary, eps)
         pages_PGSD[slots.page_T, :, slots.slot_T] = heads_TGD.to(pages_PGSD.dtype)
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`.
 
-        PyTorch computes whole vectors of gelu with one formula and what is left over with another,
+        PyTorch computes whole vectors of these with one formula and what is left over with another,
         whose low bits differ; so the call is made of whole vectors, in lengths that run on one
         thread.
         """
         flat = gate_TK.reshape(-1)
         n = flat.shape[0]
         parts = torch.split(pad_rows(flat, _VECTOR), _SERIAL)
-        done = [F.gelu(part, approximate="tanh") for part in parts]
+        done = [activate(part, activation) for part in parts]
         whole = done[0] if len(done) == 1 else torch.cat(done)
         return whole[:n].view(gate_TK.shape) * up_TK
 
@@ -207,14 +215,20 @@ class ReferenceOps:
         return ids_TA, weights_TA
 
     def experts(
-        self, x_TK: Tensor, gate_up: Tensor, down: Tensor, ids_TA: Tensor, weights_TA: Tensor
+        self,
+        x_TK: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids_TA: Tensor,
+        weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`. A row's experts are added in the order of its `ids_TA`."""
         parts_TAK = torch.empty(*ids_TA.shape, x_TK.shape[1], dtype=x_TK.dtype)
         for expert in torch.unique(ids_TA).tolist():
             row, slot = torch.where(ids_TA == expert)
             gate, up = self.linear(x_TK[row], gate_up[expert]).chunk(2, dim=-1)
-            y = self.linear(self.gated(gate, up), down[expert])
+            y = self.linear(self.gated(gate, up, activation), down[expert])
             parts_TAK[row, slot] = y * weights_TA[row, slot, None].to(y.dtype)
         total = parts_TAK[:, 0]
         for other in range(1, parts_TAK.shape[1]):
@@ -246,6 +260,21 @@ class ReferenceOps:
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """See `Ops.argmax`."""
         return torch.argmax(logits_TV, dim=-1).int()  # documented to return the first maximum
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops.best`."""
+        return self.argmax(logits_TV), probability_of_largest(logits_TV)
+
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: Tensor, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.best_of_blocks`."""
+        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
+
+
+def probability_of_largest(logits_TV: Tensor) -> Tensor:
+    """What softmax gives the largest of each row, [T]."""
+    return 1 / torch.exp(logits_TV - logits_TV.amax(dim=-1, keepdim=True)).sum(dim=-1)
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
@@ -288,6 +317,11 @@ def _by_sequence(rows: AttentionRows) -> list[PagedRows]:
         parts.append(PagedRows(start, pages, first, own_lo, own_hi))
         start = end
     return parts
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """gelu_tanh or silu of x."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
 def _rms_norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

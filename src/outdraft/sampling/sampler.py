@@ -1,9 +1,9 @@
 """Drawing a token: random numbers that belong to a position, and the inverse of a distribution.
 
-Nothing here has a state. A number depends on the request's seed, the token's absolute position and
-what it is for, so it cannot depend on the batch, on preemption, or on how often a position was
-drafted before. Why that is lossless is in speculate/verify.py. Two requests with one seed draw the
-same numbers. Not here: how the distribution is formed (logits.py).
+Nothing here has a state. A number depends on the request's seed, the token's absolute position,
+what it is for and, where drafts are drawn, the position at which the round began, so it cannot
+depend on the batch or on preemption. Why that is lossless is in speculate/verify.py. Two requests
+with one seed draw the same numbers. Not here: how the distribution is formed (logits.py).
 
 Shapes: V vocabulary.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from outdraft.errors import OutdraftError
 
 _COUNTER = struct.Struct("<QQQ")
+_ROUND_COUNTER = struct.Struct("<QQQQ")
 
 
 class Purpose(enum.IntEnum):
@@ -34,18 +35,24 @@ class Purpose(enum.IntEnum):
     TARGET = 3  # the target's own token at this position: residual, bonus, or plain decoding
 
 
-def uniform(seed: int, position: int, purpose: Purpose) -> float:
+def uniform(seed: int, position: int, purpose: Purpose, start: int | None = None) -> float:
     """A number in [0, 1) with 53 random bits, a function of the arguments alone.
 
-    BLAKE2b (RFC 7693) of the three as a pseudo-random function: 2 µs, where setting up a
+    BLAKE2b (RFC 7693) of them as a pseudo-random function: 2 µs, where setting up a
     counter-based generator such as NumPy's Philox takes 25, several times a token.
 
     Args:
         seed: 0 .. 2^63 - 1.
         position: index of the token in its sequence, the prompt included.
         purpose: what the number decides.
+        start: the position at which a round with drawn drafts began, which has numbers of its own;
+            None for all others.
     """
-    digest = blake2b(_COUNTER.pack(seed, position, purpose), digest_size=8).digest()
+    if start is None:
+        name = _COUNTER.pack(seed, position, purpose)
+    else:
+        name = _ROUND_COUNTER.pack(seed, position, purpose, start)
+    digest = blake2b(name, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 

@@ -12,6 +12,7 @@ REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not UTF-8
 # An unfinished character has at most 3 bytes, so at most 3 tokens; one more is context for decoders
 # that treat the first token of a text differently (they drop its leading space).
 _WINDOW_TOKENS = 4
+_WINDOW_MAX_TOKENS = 12
 
 
 class IncrementalDetokenizer:
@@ -69,10 +70,13 @@ class IncrementalDetokenizer:
     def _take(self, certain: Callable[[str], str]) -> str:
         """What is new in the certain part of the text; the window then moves to the end."""
         ids = self._window + self._pending
-        new = certain(self._tokenizer.decode(ids))[self._n_shown :]
-        self._window = ids[-_WINDOW_TOKENS:]
+        text = certain(self._tokenizer.decode(ids))
+        new = text[self._n_shown :]
+        self._window, self._n_shown = ids, len(text)
+        if len(ids) > _WINDOW_MAX_TOKENS:  # one more decoding, now and then
+            self._window = ids[-_WINDOW_TOKENS:]
+            self._n_shown = len(certain(self._tokenizer.decode(self._window)))
         self._pending = []
-        self._n_shown = len(certain(self._tokenizer.decode(self._window)))
         return new
 
     def _shown_of_prompt(self) -> int:

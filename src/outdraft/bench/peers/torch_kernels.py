@@ -6,51 +6,42 @@ Shapes: T rows, N outputs, K inputs, C groups.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.bench.kernels import Backend, Case, n_calls, n_copies
+from outdraft.bench.peers.kernel_server import PeerKernel
 
 GROUP = 32
 Linear = Callable[[Tensor], Tensor]
 
 
-class TorchLinear(Backend):
-    """One of the kernels; `make` draws a weight [N, K] and gives its call and its bytes."""
+class TorchWeights:
+    """Copies of a weight; `make` draws one and gives its call and its bytes."""
 
-    name = "torch"
+    def __init__(
+        self, make: Callable[[int, int], tuple[Linear, int]], n: int, k: int, n_bytes: int
+    ) -> None:
+        """As many as make up `n_bytes`."""
+        first, self.n_bytes = make(n, k)
+        self.n_copies = -(-n_bytes // self.n_bytes)
+        self.calls = [first] + [make(n, k)[0] for _ in range(1, self.n_copies)]
 
-    def __init__(self, kernel: str, make: Callable[[int, int], tuple[Linear, int]]) -> None:
-        """Under this name."""
-        self.kernel = kernel
-        self.make = make
-        self.calls: list[Linear] = []
-        self.size = (0, 0, 0)  # N, K, bytes
+    def linear(self, x_TK: Tensor) -> Tensor:
+        """See `Loaded`."""
+        return self.calls[0](x_TK.bfloat16())
 
-    def prepare(self, n: int, k: int) -> None:
-        """See `Backend`."""
-        first, n_bytes = self.make(n, k)
-        self.size = (n, k, n_bytes)
-        self.calls = [first] + [self.make(n, k)[0] for _ in range(1, n_copies(n_bytes))]
+    def bind(self, x_TK: Tensor, n_calls: int) -> Callable[[], None]:
+        """See `Loaded`."""
+        used, x_TK = self.calls[:n_calls], x_TK.bfloat16()
 
-    def case(self, rows: int) -> Case:
-        """See `Backend`."""
-        n, k, n_bytes = self.size
-        x_TK = torch.randn(rows, k, dtype=torch.bfloat16)
-        used = self.calls[: n_calls(len(self.calls), rows)]
-
-        @torch.inference_mode()
         def run() -> None:
             for call in used:
                 call(x_TK)
 
-        return Case(self.name, self.kernel, rows, n, k, n_bytes, len(used), run)
-
-    def linear(self, x_TK: Tensor) -> Tensor:
-        """See `Backend`."""
-        return self.calls[0](x_TK.bfloat16())
+        return run
 
 
 def int4_linear(n: int, k: int) -> tuple[Linear, int]:
@@ -86,13 +77,18 @@ def bf16_linear(n: int, k: int) -> tuple[Linear, int]:
     return linear, _bytes(weight_NK)
 
 
-def torch_backends() -> list[Backend]:
+def kernels(_threads: int) -> list[PeerKernel]:
     """All three."""
     return [
-        TorchLinear("int4 pack", int4_linear),
-        TorchLinear("int8 pack", int8_linear),
-        TorchLinear("bf16", bf16_linear),
+        PeerKernel("int4 pack", 4, partial(TorchWeights, int4_linear)),
+        PeerKernel("int8 pack", 8, partial(TorchWeights, int8_linear)),
+        PeerKernel("bf16", 16, partial(TorchWeights, bf16_linear)),
     ]
+
+
+def version() -> str:
+    """Of the library."""
+    return str(torch.__version__)
 
 
 def _bytes(x: Tensor) -> int:

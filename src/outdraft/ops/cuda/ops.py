@@ -1,8 +1,8 @@
 """`CudaOps`: a model's operations on one GPU, from Triton kernels (kernels.py).
 
-Activations are fp32, weights bf16, int8 with a scale a row or 4 bits
-with a scale for 32, products bf16 with fp32 sums. What
-PyTorch is left with (lookups, soft-cap, arg-max by comparison) has no sum whose order could change.
+Activations are fp32, weights bf16, int8 with a scale a row or 4 bits with a scale for 32, products
+bf16 with fp32 sums. PyTorch's own part (lookups, soft-cap, arg-max by comparison) has no sum but
+`best`'s, which decides no token.
 Recording is a CUDA graph. A linear's tiles are chosen by its weight's shape, never by its rows.
 
 Shapes: as in ops/base.py.
@@ -19,6 +19,7 @@ from triton.testing import do_bench_cudagraph
 
 from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
 from outdraft.ops.cuda import kernels
+from outdraft.ops.reference import probability_of_largest
 
 SPLIT_KEYS = 2 * PAGE_SLOTS
 WAVES = 132 * 2  # programs under which tiles of N alone leave processors idle
@@ -339,11 +340,10 @@ class CudaOps:
         rows = MAX_PAIRS // count
         for t in range(0, ids_TA.shape[0], rows):
             ids = ids_TA[t : t + rows]
-            step = count if per_pair else 1
             kernels.expert_kernel[(triton.cdiv(n, 32), ids.numel())](
-                x[t * step :], weight.data, ids, out[t * count :], ids.numel(), n, weight.k,
-                A=count, PER_PAIR=per_pair, PAIRS=max(16, triton.next_power_of_2(ids.numel())),
-                BN=32, BK=128, DOT=self._dot, num_stages=4,
+                x[t * (count if per_pair else 1) :], weight.data, ids, out[t * count :],
+                ids.numel(), n, weight.k, A=count, PER_PAIR=per_pair, BN=32, BK=128, DOT=self._dot,
+                PAIRS=max(16, triton.next_power_of_2(ids.numel())), num_stages=4,
             )  # fmt: skip
         return out
 
@@ -355,11 +355,10 @@ class CudaOps:
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
     ) -> Tensor:
         """See `Ops.score_blocks`."""
-        n_rows = x_TK.shape[0]
         scores = self._blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
-        logits_TV = torch.full((n_rows, n_vocab), float("-inf"), device=self.device)
+        logits_TV = torch.full((x_TK.shape[0], n_vocab), float("-inf"), device=self.device)
         ids_TX = ids_CN[chosen_TA.long()].flatten(1).long()
-        return logits_TV.scatter_(1, ids_TX, scores.view(n_rows, -1))
+        return logits_TV.scatter_(1, ids_TX, scores.view(ids_TX.shape))
 
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
         """See `Ops.softcap`."""
@@ -367,10 +366,19 @@ class CudaOps:
 
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """See `Ops.argmax`; by comparison, so that equals cannot depend on the order of a scan."""
-        n = logits_TV.shape[1]
-        ids_V = torch.arange(n, device=self.device, dtype=torch.int32)
-        largest_T1 = logits_TV.amax(dim=-1, keepdim=True)
-        return torch.where(logits_TV == largest_T1, ids_V, n).amin(dim=-1)
+        ids_V = torch.arange(logits_TV.shape[1], device=self.device, dtype=torch.int32)
+        is_largest_TV = logits_TV == logits_TV.amax(dim=-1, keepdim=True)
+        return torch.where(is_largest_TV, ids_V, len(ids_V)).amin(dim=-1)
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops.best`."""
+        return self.argmax(logits_TV), probability_of_largest(logits_TV)
+
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.best_of_blocks`."""
+        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
 
 
 def pack4(rows_NK: Tensor) -> CudaWeight:
