@@ -9,6 +9,8 @@ import openai
 
 from outdraft.engine.engine import LLM, Completion
 from outdraft.request import SamplingParams
+from outdraft.server.schema import model_defaults
+from outdraft.text.files import read_json_if_there
 from tests.server.live import Live
 
 PROMPT = "Write a function that adds two numbers."
@@ -53,8 +55,9 @@ def demo() -> LLM:
 
 
 def python_says(**params: Any) -> Completion:
-    """What the Python API answers to MESSAGES."""
-    return demo().chat(MESSAGES, SamplingParams(**params))
+    """What the Python API answers to MESSAGES, with the model's own defaults as the server has."""
+    config = read_json_if_there(demo().target.path / "generation_config.json")
+    return demo().chat(MESSAGES, SamplingParams(**{**model_defaults(config), **params}))
 
 
 def check_weather(arguments: dict[str, Any]) -> None:
