@@ -41,6 +41,9 @@ const KernelTable& table();
 namespace avx512 {
 const KernelTable& table();
 }
+namespace avx512_amx {
+const KernelTable& table();
+}
 #endif
 
 }  // namespace outdraft

@@ -9,13 +9,20 @@
 #include "kernels/norms.h"
 #include "kernels/pointwise.h"
 #include "kernels/prepare.h"
+#ifdef OUTDRAFT_TILES
+#include "kernels/tiles.h"
+#endif
 
 namespace outdraft::OUTDRAFT_ISA {
 
 const KernelTable& table() {
   static constexpr KernelTable all = {
       .prepare = prepare,
+#ifdef OUTDRAFT_TILES
+      .linear = linear_or_tiles,
+#else
       .linear = linear,
+#endif
       .expert_linear = expert_linear,
       .attention = attention,
       .norm = norm,
