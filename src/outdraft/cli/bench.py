@@ -54,6 +54,7 @@ def bench(
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
