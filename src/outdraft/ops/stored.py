@@ -15,8 +15,10 @@ from torch import Tensor
 
 from outdraft.ops.packed import Format, PackedLinear
 
-CHUNK_BYTES = 8 << 20
-"""Most bytes of a weight, as the compute type, that are unpacked at once."""
+CHUNK_BYTES = 1 << 20
+"""Most bytes of a weight, as the compute type, that are unpacked at once.
+
+About three times as much is in memory: what is read, what it is joined to, and the last one."""
 
 Form = Literal["float", "int8", "int4"]
 
