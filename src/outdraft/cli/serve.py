@@ -72,6 +72,9 @@ def serve(
     cache: options.Cache = True,
     cache_dir: options.CacheDir = None,
     cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
+    tool_format: Annotated[
+        str | None, typer.Option(help="How the model calls tools, instead of finding out.")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
     ] = True,
@@ -92,6 +95,7 @@ def serve(
         host=host,
         port=port,
         alias=alias,
+        tool_format=tool_format,
         keys=read_keys(api_key, api_key_file),
         allowed_hosts=tuple(allowed_host or ()),
         allowed_origins=tuple(allowed_origin or ()),
