@@ -69,7 +69,6 @@ def bench(
     Greedy and sampled, interleaved on one engine, on held-out code, JSON, prose and repetition.
     Two words are no model: `bench kernels` times single kernels, `bench shape` a published shape.
     """
-    config = options.engine_config(ctx.params, max_sequences=1)
     greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
     sampled = SamplingParams(
         temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed
@@ -80,7 +79,7 @@ def bench(
         )
     from outdraft.cli.streaming import load
 
-    llm = load(model, config)
+    llm = load(model, options.engine_config(ctx.params, max_sequences=1))
     chosen = find_prompts(llm, prompt_dir, prompts, seed)
     with ExitStack() as stack:
         peers = start_peers(llm, dict.fromkeys(peer or ()), llama_server, stack)

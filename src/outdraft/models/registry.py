@@ -249,14 +249,17 @@ def packing(
         raw: the model's config.json.
     """
     weights.stored, weights.device = not isinstance(ops, ReferenceOps), ops.device
+    loading = loading or Loading()
     if not isinstance(ops, CpuOps):
+        loading.begin("reading weights", weights.n_bytes)
+        weights.checkpoint.on_read = loading.advance
         yield
+        weights.checkpoint.on_read = None
         return
     file, cache = None, packed_cache(engine)
     if cache is not None:
         key = packing_key(weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype)
         file = CacheFile(cache, key, estimated_bytes(weights.n_params, ops.format))
-    loading = loading or Loading()
     try:
         with packer(weights.checkpoint, weights.n_bytes, file, loading) as ops.packer:
             yield
