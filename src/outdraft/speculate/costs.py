@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from math import log2
 from statistics import median
 
-LEARN = 0.05  # of sizes seen often; those seen seldom learn faster
+LEARN = 0.1  # of sizes seen often; those seen seldom learn faster
 OCTAVE_PARTS = 2  # sizes are corrected together, by so many factors for each doubling of rows
+LOOK_EVERY = 3  # steps: to learn from each would cost more than it brings
 CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
 OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
-SPEED_STEPS = 15
+SPEED_STEPS = 11
+ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
 
 
@@ -131,6 +133,7 @@ class StepModel:
         """What follows the pass, a sequence."""
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
         self._speed = 1.0
+        self._n_passes = 0
         self._measured = False
         self._pass_s: list[float] = []
         self._factors: list[float] = []
@@ -178,16 +181,21 @@ class StepModel:
             self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows))
             self._pass_s.clear()
             return
+        self._n_passes += 1
+        if self._n_passes % LOOK_EVERY:
+            return
         self._steps.append((n_rows, seconds, seconds / self.pass_s(n_rows)))
         self._speed = median(ratio for _, _, ratio in self._steps)
         if len(self._steps) < SPEED_STEPS:
             return
         n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]  # both sides of the middle are known
+        others = [ratio for size, _, ratio in self._steps if size != n_rows]
+        speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
             self._n_seen = [0.0] * len(self._n_seen)
             self._n_rounds = 0
-        self._learn(n_rows, seconds / self._speed / self.pass_s(n_rows))
+        self._learn(n_rows, seconds / speed / self.pass_s(n_rows))
 
     def _learn(self, n_rows: int, ratio: float) -> None:
         i, share = self._place(n_rows)
