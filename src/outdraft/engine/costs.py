@@ -24,7 +24,7 @@ from outdraft.speculate.length import LengthController
 
 SCRATCH = "cost measurement"
 CONTEXT = 256
-BUDGET_S = 0.5
+BUDGET_S = 0.6
 RECORD_S = 0.3
 REPEATS = 2
 SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
@@ -63,18 +63,20 @@ def measure_costs(
     try:
         context = _open(bench, opened, 1)
         deadline = start + budget_s
-        for n_rows in _sizes(n_draft_max, max_sequences * (n_draft_max + 1)):
+        few, many = _sizes(n_draft_max, max_sequences)
+        for n_rows in few + many:
             if n_rows > n_draft_max + 1 and len(opened) == 1:
                 _open(bench, opened, max_sequences)
             if n_rows > len(opened) * (n_draft_max + 1):
-                break
+                continue
             pass_s = _measure(partial(_verify, bench, opened, n_rows), deadline)
             if pass_s is None:
                 break
             passes[n_rows] = pass_s
-            if n_rows == n_draft_max + 1:  # the two ends of one sequence first
-                _measure_rounds(lengths, bench, opened[:1], context, n_draft_max, deadline)
-        for n in _sizes(0, len(opened))[1:]:
+            if n_rows in (few[-1], many[0]):
+                names = opened[: 1 if n_rows == few[-1] else None]
+                _measure_rounds(lengths, bench, names, context, n_draft_max, deadline)
+        for n in range(4, len(opened), 4):
             _measure_rounds(lengths, bench, opened[:n], context, n_draft_max, deadline)
         for n_rows, pass_s in passes.items():  # again, since a disturbance lasts for a while
             again = _measure(partial(_verify, bench, opened, n_rows), deadline)
@@ -117,15 +119,16 @@ def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]
     return kinds
 
 
-def _sizes(n_draft_max: int, most: int) -> list[int]:
-    """Rows of one sequence: plain, longest, those between; then half as many again each time."""
-    first = [1, n_draft_max + 1, *range(2, n_draft_max + 1)]
-    sizes = list(dict.fromkeys(n for n in first if n <= most))
-    n = max(sizes)
+def _sizes(n_draft_max: int, max_sequences: int) -> tuple[list[int], list[int]]:
+    """Rows of one sequence, and of many: the ends first, then what is between, a third apart."""
+    few = list(dict.fromkeys((1, 2, n_draft_max + 1)))
+    most = max_sequences * (n_draft_max + 1)
+    between, n = [*range(3, n_draft_max + 1)], n_draft_max + 1
     while n < most:
         n = min(max(n + 1, n * 4 // 3), most)
-        sizes.append(n)
-    return sizes
+        between.append(n)
+    many = dict.fromkeys((max_sequences, 2 * max_sequences, *between))
+    return few, [n for n in many if n not in few and n <= most] or few[-1:]
 
 
 def _measure_rounds(

@@ -152,17 +152,19 @@ class LengthController:
 
     def _best(self, gains: list[list[float]], modelled: list[bool]) -> list[int]:
         """Lengths of the best rate; `modelled` are those whose drafts need a draft round."""
-        n, at = len(gains), self.costs.at
+        n, pass_s, draft_s = len(gains), self.costs.pass_s, self.costs.draft_s
+        rest_s = self.costs.rest_s(n)
         # A gain is never larger than the one before it, so the order keeps each sequence's own.
         order = sorted((-g, j, i) for i, own in enumerate(gains) for j, g in enumerate(own))
         expected, n_drafting, depth, best_m = float(n), 0, 0, 0
-        best_rate = MARGIN * expected / at(n, n)
+        best_rate, round_s = MARGIN * expected / (pass_s(n) + rest_s), 0.0
         for m, (gain, j, i) in enumerate(order, 1):
             expected -= gain
-            if modelled[i]:
+            if modelled[i] and (j == 0 or j >= depth):
                 n_drafting += j == 0
                 depth = max(depth, j + 1)
-            rate = expected / at(n, n + m, n_drafting, depth)
+                round_s = draft_s(n_drafting, depth)
+            rate = expected / (pass_s(n + m) + round_s + rest_s)
             if rate > best_rate:
                 best_m, best_rate = m, rate
         lengths = [0] * n
