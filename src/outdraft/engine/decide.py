@@ -74,7 +74,7 @@ def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int])
     params = sequence.request.params
     if params.greedy and sequence.sampler is None:
         return verify_own(block.tokens, best.__getitem__)
-    rows = _Rows(sequence, block, logits_RV)
+    rows = _Rows(sequence, block, logits_RV.cpu())
     state = sequence.sampler
     if state is not None:
         state.mark()
@@ -148,6 +148,7 @@ def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[L
     n_top = sequence.request.params.logprobs
     if n_top is None:
         return None
+    logits_RV = logits_RV.cpu()
     return [logprobs(logits_RV[i], token, n_top) for i, token in enumerate(tokens)]
 
 
@@ -167,7 +168,7 @@ def report_prompt(target: Target, sequence: Sequence, rows_H: Tensor) -> None:
         found.append(None)
     for first in range(0, rows_H.shape[0], PROMPT_ROWS):
         chunk_H = rows_H[first : first + PROMPT_ROWS]
-        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple))
+        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple)).cpu()
         for i in range(chunk_H.shape[0]):
             at = sequence.n_computed + first + i + 1
             if at == len(found) and at < len(prompt):  # not those of a prompt computed again
