@@ -22,7 +22,7 @@ from outdraft.models.gemma4_config import AssistantConfig
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
-from outdraft.ops.base import Role
+from outdraft.ops.base import Ops, Role
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
@@ -131,19 +131,22 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
 
 
 def synthetic_target(
-    config: TargetConfig, ops: CpuOps, n_positions: int, family: Family = GEMMA4
+    config: TargetConfig, ops: Ops, n_positions: int, family: Family = GEMMA4
 ) -> TargetModel:
     """A target whose weights `ops` makes up (or only counts)."""
-    return family.build(config, placeholders(family.expected_tensors(config)), ops, n_positions)
+    weights = placeholders(family.expected_tensors(config), ops.device)
+    return family.build(config, weights, ops, n_positions)
 
 
-def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:
+def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> Gemma4Assistant:
     """An assistant whose weights `ops` makes up (or only counts)."""
-    weights = placeholders(gemma4_assistant.expected_tensors(config))
+    weights = placeholders(gemma4_assistant.expected_tensors(config), ops.device)
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
-def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor | StoredWeight]:
+def placeholders(
+    expected: Mapping[str, ExpectedTensor], device: torch.device | None = None
+) -> dict[str, Tensor | StoredWeight]:
     """Matrices that are nothing but a shape; norms of ones, and tokens in their own order.
 
     No tensors of PyTorch's `meta` device: making one loads 150 MB of code.
@@ -151,9 +154,9 @@ def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor | S
     made: dict[str, Tensor | StoredWeight] = {}
     for name, tensor in expected.items():
         if tensor.dtype is not None:
-            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
+            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
-            made[name] = torch.ones(tensor.shape)
+            made[name] = torch.ones(tensor.shape, device=device)
         else:
             made[name] = nothing_but_shape(tensor.shape)
     return made

@@ -55,7 +55,8 @@ class CausalCall:
 
     @classmethod
     def of(cls, memory: Memory, ops: Ops, numbers: Tensor) -> "CausalCall":
-        """Over what `causal_numbers` made."""
+        """Over what `causal_numbers` made, on the memory's device."""
+        numbers = numbers.to(memory.device)
         own, tables = memory.tables.views(numbers, 4 + 2 * len(memory.groups))
         token_T, position_T, sequence_T, slot_T, *parts = own
         slots, rows = {}, {}

@@ -65,6 +65,7 @@ class Memory:
         max_tokens: int,
         max_rows: int,
         dtype: torch.dtype,
+        device: torch.device | None = None,
         pool_tokens: int | None = None,
         prefix_cache: bool = False,
     ) -> None:
@@ -75,26 +76,21 @@ class Memory:
             max_tokens: longest sequence, rows of a step included.
             max_rows: most rows one sequence brings in one step.
             dtype: of keys and values.
+            device: where they are; None is the CPU.
             pool_tokens: positions of full attention that all sequences share; at least one
                 sequence always fits. None plans for the worst case of all sequences at once.
             prefix_cache: keep verified pages for later sequences that begin alike.
         """
         self.layers = list(layers)
-        n_full = -(-max_tokens // PAGE_SLOTS) + 1
-        n_shared = n_full * max_sequences
-        if pool_tokens is not None:
-            n_shared = max(n_full, -(-pool_tokens // PAGE_SLOTS))
-        books = {}
-        for layer in self.layers:
-            if layer.group in books:
-                continue
-            n_pages, n_pool = n_full, n_shared
-            if layer.window is not None:
-                reach = min(max_tokens, layer.window + max_rows + PAGE_SLOTS)
-                n_pages = -(-reach // PAGE_SLOTS) + 1
-                n_cached = n_shared // 4 if prefix_cache else 0
-                n_pool = max(n_pages, min(n_shared, n_pages * max_sequences + n_cached))
-            books[layer.group] = GroupBooks(layer.window, n_pages, PagePool(n_pool))
+        self.device = device or torch.device("cpu")
+        pages = plan_pages(
+            layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
+        )
+        windows = {layer.group: layer.window for layer in layers}
+        books = {
+            group: GroupBooks(windows[group], n_pages, PagePool(n_pool))
+            for group, (n_pages, n_pool) in pages.items()
+        }
         self.books = PageBooks(books, PAGE_SLOTS, prefix_cache=prefix_cache)
         self.tables = PageTables(self.books, max_sequences)
         self.lengths = self.books.lengths
@@ -103,7 +99,7 @@ class Memory:
             group = self.groups[layer.group]
             if layer.source == index:
                 group.layers[index] = empty_pages(
-                    group.pool.n_pages, layer.n_kv_heads, layer.head_dim, dtype
+                    group.pool.n_pages, layer.n_kv_heads, layer.head_dim, dtype, device
                 )
 
     @property
@@ -157,3 +153,54 @@ class Memory:
         """Where the next rows of a sequence stand."""
         length = self.lengths[span.sequence]
         return range(length, length + span.n_rows)
+
+
+def plan_pages(
+    layers: Sequence[KVLayer],
+    max_sequences: int,
+    max_tokens: int,
+    max_rows: int,
+    pool_tokens: int | None,
+    *,
+    prefix_cache: bool,
+) -> dict[str, tuple[int, int]]:
+    """By group: most pages of one sequence, and pages in all. Arguments as `Memory`'s."""
+    n_full = -(-max_tokens // PAGE_SLOTS) + 1
+    n_shared = n_full * max_sequences
+    if pool_tokens is not None:
+        n_shared = max(n_full, -(-pool_tokens // PAGE_SLOTS))
+    found: dict[str, tuple[int, int]] = {}
+    for layer in layers:
+        if layer.group in found:
+            continue
+        n_pages, n_pool = n_full, n_shared
+        if layer.window is not None:
+            reach = min(max_tokens, layer.window + max_rows + PAGE_SLOTS)
+            n_pages = -(-reach // PAGE_SLOTS) + 1
+            n_cached = n_shared // 4 if prefix_cache else 0
+            n_pool = max(n_pages, min(n_shared, n_pages * max_sequences + n_cached))
+        found[layer.group] = n_pages, n_pool
+    return found
+
+
+def memory_bytes(
+    layers: Sequence[KVLayer],
+    *,
+    max_sequences: int,
+    max_tokens: int,
+    max_rows: int,
+    dtype: torch.dtype,
+    pool_tokens: int | None = None,
+    prefix_cache: bool = False,
+) -> int:
+    """`Memory.n_bytes` of a memory that does not exist yet. Arguments as `Memory`'s."""
+    pages = plan_pages(
+        layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
+    )
+    total = 0
+    for index, layer in enumerate(layers):
+        if layer.source == index:
+            n_rows = pages[layer.group][1] * layer.n_kv_heads * PAGE_SLOTS
+            scale_bytes = 4 if dtype == torch.int8 else 0
+            total += 2 * n_rows * (layer.head_dim * dtype.itemsize + scale_bytes)
+    return total

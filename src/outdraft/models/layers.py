@@ -104,7 +104,9 @@ def inverse_frequencies(head_dim: int, theta: float, partial_rotary_factor: floa
     return torch.cat((1.0 / theta**exponent, still))
 
 
-def rotary_table(n_positions: int, inverse_D2: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    n_positions: int, inverse_D2: Tensor, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin for pairs (i, i + D/2) at positions 0 .. n - 1, each fp32 [n, D/2]."""
     angles = torch.arange(n_positions)[:, None].float() * inverse_D2[None, :]
-    return angles.cos(), angles.sin()
+    return angles.cos().to(device), angles.sin().to(device)

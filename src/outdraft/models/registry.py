@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer
 from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
+from outdraft.device import find_device, has_dependent_launch
 from outdraft.errors import ModelError
 from outdraft.models import gemma4, gemma4_config, ministral3
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
@@ -22,6 +23,7 @@ from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.ministral3 import Ministral3Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
+from outdraft.ops.packed import Format
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.ops.stored import pack_stored
 from outdraft.ops.threads import set_threads
@@ -155,21 +157,52 @@ def choose_ops(
     Raises:
         ModelError: the kernels were asked for and cannot run this.
     """
+    device = card(config)
+    if device is not None:
+        return cuda_ops(config, device, resolve_quant(config, stored_bits, drafter=drafter))
     odd = [dim for dim in model.head_dims if dim % HEAD_DIM_MULTIPLE]
     if config.backend == "cpu" and (config.dtype != "auto" or odd):
         what = f"heads of {odd[0]}" if odd else f"dtype {config.dtype}"
         raise ModelError(f"backend cpu has no {what}", "use --backend reference")
     kernels = config.backend == "auto" and config.dtype == "auto" and not odd
     if config.backend == "cpu" or kernels:
-        quant = config.quant
-        if quant == "auto":
-            quant = "w4" if stored_bits == 4 else "w8" if stored_bits == 8 else "bf16"
-        if drafter and quant == "w4":
-            quant = "w8"
+        quant = resolve_quant(config, stored_bits, drafter=drafter)
         kv_dtype = KV_DTYPES[config.kv_dtype]
         return CpuOps(format=quant, kv_dtype=kv_dtype, candidates=CANDIDATES)
     matrices = [w for w in weights if w.ndim == 2 and w.is_floating_point()]
     return ReferenceOps() if rows_are_independent(matrices) else ReferenceOps(tile=1)
+
+
+def resolve_quant(config: EngineConfig, stored_bits: int, *, drafter: bool) -> Format:
+    """How weights are stored; see `choose_ops`."""
+    quant = config.quant
+    if quant == "auto":
+        quant = "w4" if stored_bits == 4 else "w8" if stored_bits == 8 else "bf16"
+    return "w8" if drafter and quant == "w4" else quant
+
+
+def card(config: EngineConfig) -> torch.device | None:
+    """The GPU to use, or None for the CPU.
+
+    Raises:
+        OutdraftError: a GPU was asked for and cannot be used.
+    """
+    cpu_only = None
+    if config.backend != "auto":
+        cpu_only = f"backend {config.backend} runs on the CPU"
+    elif config.dtype != "auto":
+        cpu_only = f"a dtype ({config.dtype}) is the reference's, which runs on the CPU"
+    elif config.kv_dtype != "bf16":
+        cpu_only = f"keys and values in {config.kv_dtype} are on the CPU only"
+    device = find_device(config.device, cpu_only=cpu_only)
+    return None if device.type == "cpu" else device
+
+
+def cuda_ops(config: EngineConfig, device: torch.device, quant: Format) -> Ops:
+    """Triton's kernels; the module is loaded only where there is a GPU."""
+    from outdraft.ops.cuda.ops import CudaOps
+
+    return CudaOps(device, quant, KV_DTYPES[config.kv_dtype], pdl=has_dependent_launch(device))
 
 
 def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None) -> Target:
@@ -215,7 +248,7 @@ def packing(
     Args:
         raw: the model's config.json.
     """
-    weights.stored = isinstance(ops, CpuOps)
+    weights.stored, weights.device = not isinstance(ops, ReferenceOps), ops.device
     if not isinstance(ops, CpuOps):
         yield
         return

@@ -107,6 +107,11 @@ class Ops(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where weights, keys, values and all tensors of a call are."""
+        ...
+
+    @property
     def kv_dtype(self) -> torch.dtype:
         """Type of keys and values in memory."""
         ...

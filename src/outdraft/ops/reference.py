@@ -60,6 +60,11 @@ class ReferenceOps:
         return "reference (PyTorch)" if self.tile == TILE_ROWS else "reference, row by row"
 
     @property
+    def device(self) -> torch.device:
+        """See `Ops.device`."""
+        return torch.device("cpu")
+
+    @property
     def kv_dtype(self) -> torch.dtype:
         """Attention computes in fp32, so keys and values are kept so."""
         return torch.float32
