@@ -283,7 +283,7 @@ def peer_table(peer: dict[str, Any]) -> Any:
     """A rich table of a peer's figures, and ours over its: its best mode may be its plain one."""
     kinds = peer["kinds"] | {"all": peer["overall"]}
     made = new_table(
-        f"{peer['name']} {peer['version']}, greedy: tokens per second,\n"
+        f"{peer['name']} {peer['version']}, greedy: tokens per second (medians),\n"
         f"{peer['assisted']} answers equal to its plain ones, our speed over its;\n"
         f"its best over all prompts: {peer['best']}",
         ["plain", "assisted", "equal", "ours plain", "drafting", "/ its best"],
@@ -291,8 +291,8 @@ def peer_table(peer: dict[str, Any]) -> Any:
     for kind, figures in kinds.items():
         made.add_row(
             kind,
-            f"{figures['plain_tok_s']:.1f}",
-            f"{figures['assisted_tok_s']:.1f}",
+            f"{figures['plain_median_tok_s']:.1f}",
+            f"{figures['assisted_median_tok_s']:.1f}",
             figures["assisted_equals_its_plain"],
             f"{figures['ours_over_its_plain']:.2f}",
             f"{figures['ours_drafting_over_its_assisted']:.2f}",

@@ -69,6 +69,9 @@ def serve(
     kv_dtype: options.KvType = "bf16",
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    tool_format: Annotated[
+        str | None, typer.Option(help="How the model calls tools, instead of finding out.")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
     ] = True,
@@ -105,6 +108,7 @@ def serve(
         host=host,
         port=port,
         alias=alias,
+        tool_format=tool_format,
         keys=read_keys(api_key, api_key_file),
         allowed_hosts=tuple(allowed_host or ()),
         allowed_origins=tuple(allowed_origin or ()),

@@ -216,7 +216,9 @@ class LLM:
             seed=secrets.randbits(62) if params.seed is None else params.seed,
             limit=limit,
             end_ids=frozenset(end_ids),
-            detokenizer=IncrementalDetokenizer(self.tokenizer, list(prompt_tokens)),
+            detokenizer=IncrementalDetokenizer(
+                self.tokenizer, list(prompt_tokens), frozenset(params.show_token_ids)
+            ),
             stop_strings=StopStrings(params.stop),
             tokens=list(prompt_tokens),
             sampler=self.samplers.start(params, prompt_tokens, frozenset(end_ids)),

@@ -8,7 +8,7 @@ taken the request on; so what can be refused is refused before an answer begins.
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -48,6 +48,7 @@ class Job:
         salt: requests with different salts share no cached prompts.
         drafting: False decodes this request plainly.
         detail: one delta for each verified block, with its number of drafts.
+        adapt: makes the final parameters when the prompt's tokens are known.
     """
 
     prompt: Prompt
@@ -56,6 +57,7 @@ class Job:
     salt: str = ""
     drafting: bool = True
     detail: bool = False
+    adapt: Callable[[SamplingParams, tuple[int, ...]], SamplingParams] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,9 @@ class Jobs:
         self._enter(running)
         try:
             running.prompt_tokens = await self.tokens(job.prompt)
+            if job.adapt is not None:
+                params = job.adapt(job.params, running.prompt_tokens)
+                running.job = replace(job, params=params)
             await self._submit(running)
         except EngineGone as error:
             running.close()

@@ -17,6 +17,7 @@ FADE = 0.99
 PRIOR = 0.6
 PRIOR_WEIGHT = 4.0
 PROBE_SHARE = 0.01
+OWN_ENOUGH = 16.0  # blocks of its own, from which on what others do changes little
 MARGIN = 1.01  # drafting must promise so much more than plain decoding
 FREE = "ngram"  # sources whose names begin so cost no draft round
 
@@ -28,6 +29,7 @@ class Acceptance:
     tried: list[float]
     kept: list[float]
     gains: list[float] = field(default_factory=list)
+    """Expected tokens of each position, from counts as they were at `version`."""
     version: int = -1
 
     @classmethod
@@ -48,6 +50,7 @@ class Acceptance:
 
     def fade(self) -> None:
         """It could have been used and was not: what is known of it counts less."""
+        self.version += 1
         self.tried = [FADE * n for n in self.tried]
         self.kept = [FADE * n for n in self.kept]
 
@@ -73,7 +76,6 @@ class LengthController:
         self._shared: dict[str, Acceptance] = {}
         self._own: dict[tuple[str, str], Acceptance] = {}
         self._sources: dict[str, set[str]] = {}
-        self._version = 0
         self._total_s = 0.0
         self._probe_s = 0.0
 
@@ -84,11 +86,11 @@ class LengthController:
 
     def observe_block(self, sequence: str, source: str, n_drafted: int, n_accepted: int) -> None:
         """One sequence's block from a source was verified."""
-        own = self._of(sequence, source)
+        own, shared = self._of(sequence, source), self._shared_of(source)
         own.observe(n_drafted, n_accepted)
-        self._shared_of(source).observe(n_drafted, n_accepted)
+        shared.observe(n_drafted, n_accepted)
         own.version = -1
-        self._version += 1
+        shared.version += 1
 
     def observe_step(
         self,
@@ -174,19 +176,21 @@ class LengthController:
         for source in sources:
             if source != best:
                 self._shared_of(source).fade()
-                self._of(sequence, source).fade()
-                self._of(sequence, source).version = -1
+                own = self._of(sequence, source)
+                own.fade()
+                own.version = -1
         return best
 
     def _gains(self, sequence: str, source: str) -> list[float]:
         """Expected tokens that each further draft adds: it and all before it are kept."""
         own = self._of(sequence, source)
-        if own.version != self._version:
-            shared, reached, own.gains = self._shared_of(source), 1.0, []
+        shared = self._shared_of(source)
+        if own.version != shared.version and (own.version < 0 or own.tried[0] < OWN_ENOUGH):
+            reached, own.gains = 1.0, []
             for j in range(self.n_draft_max):
                 reached *= own.rate(j, shared.rate(j, PRIOR))
                 own.gains.append(reached)
-            own.version = self._version
+            own.version = shared.version
         return own.gains
 
     def _shared_of(self, source: str) -> Acceptance:

@@ -24,10 +24,20 @@ class IncrementalDetokenizer:
 
     Each push decodes a few tokens only. A run of byte tokens (`<0xE2>`) is held until it ends,
     because SentencePiece decoders judge the run as a whole: one bad byte spoils all of it.
+
+    Args:
+        prompt_ids: what comes before.
+        shown: special tokens that have a text here, their spelling. They end what is before them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._pending: list[int] = []  # a run of byte tokens that may go on
         window: list[int] = []
         for token_id in reversed(prompt_ids):
@@ -45,7 +55,9 @@ class IncrementalDetokenizer:
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; often the token's own, sometimes none."""
         if not self._tokenizer.has_text(token_id):
-            return ""
+            if token_id not in self._shown:
+                return ""
+            return self.flush() + (self._tokenizer.id_to_token(token_id) or "")
         self._pending.append(token_id)
         if self._tokenizer.is_byte(token_id):
             return ""
@@ -92,6 +104,8 @@ class StopStrings:
 
         The stop string itself and what follows it are dropped; push nothing after a match.
         """
+        if not self._stops:
+            return text, None
         text = self._held + text
         end, stop = min(
             ((found + len(stop), stop) for stop in self._stops if (found := text.find(stop)) >= 0),
