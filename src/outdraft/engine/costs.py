@@ -94,7 +94,7 @@ def measure_costs(
 
 
 def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
-    """When the time for measuring begins, and how much there is: a GPU's kernels are built before."""
+    """When measuring begins and how long it may take; a GPU's kernels are built before."""
     ops = bench.target.ops
     if not (isinstance(ops, Recordable) and ops.warms_up):
         return start, BUDGET_S
