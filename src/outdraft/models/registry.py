@@ -158,6 +158,11 @@ def choose_ops(
         ModelError: the kernels were asked for and cannot run this.
     """
     device = card(config)
+    uneven = [dim for dim in model.head_dims if dim & (dim - 1)]
+    if device is not None and uneven:
+        if config.device == "cuda":
+            raise ModelError(f"device cuda has no heads of {uneven[0]}", "use --device cpu")
+        device = None
     if device is not None:
         return cuda_ops(config, device, resolve_quant(config, stored_bits, drafter=drafter))
     odd = [dim for dim in model.head_dims if dim % HEAD_DIM_MULTIPLE]
