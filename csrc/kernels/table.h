@@ -9,6 +9,7 @@
 #include "kernels/norms.h"
 #include "kernels/pointwise.h"
 #include "kernels/prepare.h"
+#include "kernels/recurrent.h"
 
 namespace outdraft::OUTDRAFT_ISA {
 
@@ -29,6 +30,9 @@ const KernelTable& table() {
       .top = top,
       .group_pairs = group_pairs,
       .combine = combine,
+      .short_conv = short_conv,
+      .delta_rule = delta_rule,
+      .gated_norm = gated_norm,
       .read_all = read_all,
   };
   return all;

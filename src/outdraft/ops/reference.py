@@ -18,14 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outdraft.ops import recurrent_reference
 from outdraft.ops.base import (
     PAGE_SLOTS,
     Activation,
     AttentionRows,
+    DeltaGates,
     KvPages,
     PageSlots,
     Role,
     Rotary,
+    StateRows,
 )
 
 TILE_ROWS = 8
@@ -239,6 +242,31 @@ class ReferenceOps:
         for other in range(1, parts_TAK.shape[1]):
             total = total + parts_TAK[:, other]
         return total
+
+    def short_conv(
+        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+    ) -> Tensor:
+        """See `Ops.short_conv`."""
+        return recurrent_reference.short_conv(x_TC, weight_WC, state_SWC, rows)
+
+    def delta_rule(
+        self,
+        qkv_TC: Tensor,
+        a_TH: Tensor,
+        b_TH: Tensor,
+        gates: DeltaGates,
+        state_SHKV: Tensor,
+        rows: StateRows,
+        n_k_heads: int,
+    ) -> Tensor:
+        """See `Ops.delta_rule`."""
+        return recurrent_reference.delta_rule(
+            qkv_TC, a_TH, b_TH, gates, state_SHKV, rows, n_k_heads
+        )
+
+    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """See `Ops.gated_norm`."""
+        return recurrent_reference.gated_norm(x_THV, gate_THV, weight_V, eps)
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
         """See `Ops.top`. A stable sort, unlike topk, promises the lowest id of equals."""
