@@ -3,8 +3,8 @@ with experts.
 
 From the published checkpoints' layout and transformers `models/qwen3_5` and `models/qwen3_5_moe`.
 Norm weights are stored as w and applied as 1 + w. Rotary positions turn the first dimensions of a
-head, pair (i, i + half of them); the kernels turn (i, i + D/2), so queries' and keys' dimensions are
-put into that order when they are loaded, which no score sees. Vision is left out.
+head, pair (i, i + half of them); the kernels turn (i, i + D/2), so dimensions of queries and keys
+are put into that order when they are loaded, which no score sees. Vision is left out.
 
 Shapes: T rows, K hidden size, H query heads, G key/value heads, D head dimension, C channels.
 """
@@ -20,7 +20,7 @@ from outdraft.cache.memory import KVLayer, LayerMemory
 from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.models.layers import Attend, Recurs, at_least_fp32, rotary_table
 from outdraft.models.qwen3_5_config import Qwen35Config
-from outdraft.ops.base import DeltaGates, DeltaNet, Heads, Ops, Rotary, Weight
+from outdraft.ops.base import DeltaGates, DeltaNet, Heads, Ops, Rotary
 from outdraft.ops.stored import StoredWeight, reorder, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 
@@ -101,7 +101,9 @@ def ignore_rules(config: Qwen35Config) -> list[IgnoreRule]:
     """Tensors that a checkpoint may carry and the model does not use, each with the reason."""
     rules = [
         IgnoreRule(r"(model\.)?visual\..*", "the vision tower: images are not supported yet"),
-        IgnoreRule(r"(model\.)?(language_model\.)?mtp\..*", "the MTP head, which the drafter reads"),
+        IgnoreRule(
+            r"(model\.)?(language_model\.)?mtp\..*", "the MTP head, which the drafter reads"
+        ),
     ]
     if config.tie_word_embeddings:
         rules.append(IgnoreRule(r".*lm_head\.weight", "the head is tied to the embedding"))
@@ -236,9 +238,8 @@ class Mlp:
             return dense
         ids_TA, weights_TA = ops.route(ops.linear(x, self.router, torch.float32), moe.top_k, None)
         routed = ops.experts(x, self.experts_in, self.experts_out, ids_TA, weights_TA, "silu")
-        gate_T1 = ops.linear(x, self.shared_gate, torch.float32).to(dense.dtype)
-        shared = ops.gated(gate_T1.expand_as(dense), dense, "sigmoid")
-        return ops.add(routed, shared)
+        gate_T1 = ops.linear(x, self.shared_gate, torch.float32)
+        return ops.add(routed, ops.gate_rows(dense, gate_T1))
 
 
 @dataclass(frozen=True, slots=True)

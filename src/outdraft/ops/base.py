@@ -20,7 +20,7 @@ PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
-Activation = Literal["gelu_tanh", "silu"]
+Activation = Literal["gelu_tanh", "silu", "sigmoid"]
 
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
@@ -214,6 +214,10 @@ class Ops(Protocol):
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """activation(gate) * up."""
+        ...
+
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """sigmoid(gate) * x, the gate (fp32) one number a row; [T, K]."""
         ...
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:

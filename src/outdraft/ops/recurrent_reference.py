@@ -44,7 +44,8 @@ def delta_rule(
     for t, (begins, read, write) in enumerate(_each(rows)):
         if begins:
             state = state_SHKV[read] if read >= 0 else torch.zeros_like(state_SHKV[0])
-        q, k, v = qkv_TC[t].to(wide).split((keys, keys, n_heads * v_dim))
+        row_C = qkv_TC[t].to(wide)
+        q, k, v = row_C[:keys], row_C[keys : 2 * keys], row_C[2 * keys :]
         q_HK1 = _unit(q.view(n_k_heads, k_dim)).repeat_interleave(group, dim=0)[..., None]
         k_HK1 = _unit(k.view(n_k_heads, k_dim)).repeat_interleave(group, dim=0)[..., None]
         kept_H = torch.exp(gates.decay_H * F.softplus(a_TH[t].to(wide) + gates.bias_H))

@@ -164,6 +164,10 @@ class ReferenceOps:
         whole = done[0] if len(done) == 1 else torch.cat(done)
         return whole[:n].view(gate_TK.shape) * up_TK
 
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """See `Ops.gate_rows`."""
+        return x_TK * self.gated(gate_T1, torch.ones_like(gate_T1), "sigmoid").to(x_TK.dtype)
+
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """See `Ops.attention`. Scores and sums are fp32 whatever the inputs are."""
         if "sequences" not in rows.scratch:
@@ -353,7 +357,9 @@ def _by_sequence(rows: AttentionRows) -> list[PagedRows]:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """gelu_tanh or silu of x."""
+    """gelu_tanh, silu or sigmoid of x."""
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
