@@ -12,6 +12,7 @@
 #ifdef OUTDRAFT_TILES
 #include "kernels/tiles.h"
 #endif
+#include "kernels/recurrent.h"
 
 namespace outdraft::OUTDRAFT_ISA {
 
@@ -36,6 +37,9 @@ const KernelTable& table() {
       .top = top,
       .group_pairs = group_pairs,
       .combine = combine,
+      .short_conv = short_conv,
+      .delta_rule = delta_rule,
+      .gated_norm = gated_norm,
       .read_all = read_all,
   };
   return all;
