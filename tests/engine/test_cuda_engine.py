@@ -70,7 +70,11 @@ def run(llm: LLM, prompts: list[list[int]], k: int) -> list[tuple[list[int], Ten
 
 @pytest.mark.parametrize(
     ("shape", "quant", "ordered"),
-    [("dense", "w4", False), ("moe", "bf16", False), ("e2b", "w8", True)],
+    [
+        ("dense", "w4", False),
+        ("e2b", "w8", True),
+        pytest.param("moe", "bf16", False, marks=pytest.mark.prove),
+    ],
 )
 def test_drafts_give_the_bits_of_plain_decoding(
     tmp_path: Path, shape: str, quant: Quant, ordered: bool
@@ -83,3 +87,15 @@ def test_drafts_give_the_bits_of_plain_decoding(
         got = run(llm, some, k)[0]
         assert got[0] == plain[0] and torch.equal(got[1], plain[1])
     llm.check()
+
+
+def test_another_family_with_drafts_from_the_text(tmp_path: Path) -> None:
+    target = tiny.tiny_target(
+        tmp_path / "target", "ministral3", vocab_size=320, num_hidden_layers=2
+    )
+    config = EngineConfig(spec_type="ngram", draft_n=2, ctx_size=128, max_sequences=2)
+    llm = LLM(str(target), config)
+    prompts = [[2, *[40, 41, 50, 44, 45] * 2], [2, 99]]
+    plain = run(llm, prompts[:1], 0)[0]
+    got = run(llm, prompts, 2)[0]
+    assert got[0] == plain[0] and torch.equal(got[1], plain[1])

@@ -60,9 +60,9 @@ def test_a_machine_that_changes_much_is_measured_anew() -> None:
     """Another program on its cores made every pass cost the same; then it ended."""
     model = StepModel()
     model.measured(dict.fromkeys((1, 2, 4, 8), 25.0))
-    for _ in range(20):
+    for _ in range(60):
         model.observe_pass(2, 1.2)
-    for _ in range(30):
+    for _ in range(100):
         model.observe_pass(1, 1.0)
         model.observe_pass(4, 1.4)
     assert model.at(1, 4) / model.at(1, 1) == pytest.approx(1.4, rel=0.05)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft.bench.prompts import Prompt
-from outdraft.bench.throughput import CONTROLLER, PLAIN, Asked, Mode
+from outdraft.bench.throughput import CONTROLLER, PLAIN, Asked, Mode, own_modes
 from outdraft.config import SpecType
 from outdraft.engine.engine import LLM
 from outdraft.errors import OutdraftError
@@ -23,6 +23,19 @@ from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
 Text = Literal["mixed", "edits", "random"]
 
 N_RANDOM_TOKENS = 64
+
+
+def modes_of(llm: LLM, drafter: str, seed: int, load: Callable[[SpecType], LLM]) -> list[Mode]:
+    """The modes to compare, with the model's own drafter, a random one, or n-grams beside it.
+
+    Args:
+        load: another engine with a drafter of this name.
+    """
+    if drafter == "ngram":
+        return against_either(load, llm)
+    if drafter == "random":
+        forget_everything(llm, seed)
+    return own_modes(llm)
 
 
 def forget_everything(llm: LLM, seed: int) -> None:

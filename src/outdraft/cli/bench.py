@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,13 +71,9 @@ def bench(
     Two words are no model: `bench kernels` times single kernels, `bench shape` a published shape.
     """
     greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
-    sampled = SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed
-    )
+    sampled = replace(greedy, temperature=temperature)
     if sampled.greedy:
-        raise OutdraftError(
-            "temperature is 0", "greedy decoding is measured anyway; give one above 0"
-        )
+        raise OutdraftError("temperature is 0", "greedy is measured anyway; give one above 0")
     from outdraft.cli.streaming import load
 
     llm = load(model, options.engine_config(ctx.params, max_sequences=1))

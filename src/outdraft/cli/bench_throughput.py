@@ -79,35 +79,40 @@ def bench_throughput(
         prefix_cache=False,  # prompts come again in every run and would be computed only once
         threads=threads,
     )
-    from outdraft.bench.arms import against_either, forget_everything, of_text, random_requests
-    from outdraft.bench.machine import describe_machine, describe_version
-    from outdraft.bench.throughput import mix_requests, own_modes, summarise
-    from outdraft.cli.streaming import load
-
-    llm = load(model, config)
-    check(llm, max_tokens)
-    n = requests or 2 * wanted[-1]
-    if text == "random":
-        asked = random_requests(llm, n, max_tokens, seed)
-    else:
-        prompts = of_text(find_prompts(llm, None, PROMPTS_PER_KIND, seed), text)
-        asked = mix_requests(prompts, n, max_tokens, llm.ctx_size, seed)
-    modes = own_modes(llm)
-    if drafter == "random":
-        forget_everything(llm, seed)
-    elif drafter == "ngram":
-        modes = against_either(lambda name: load(model, replace(config, spec_type=name)), llm)
-    report = summarise(measure(modes, asked, wanted, rounds))
-    report["settings"] = settings_of(llm, asked) | {
+    settings: dict[str, Any] = {
+        "model": model,
         "text": text,
         "drafts": drafter,
-        "model": model,
         "rounds": rounds,
         "seed": seed,
         "max_tokens": max_tokens,
     }
-    report |= {"machine": describe_machine(), **describe_version()}
-    deliver(report, json_file)
+    deliver(report_of(settings, config, wanted, requests or 2 * wanted[-1]), json_file)
+
+
+def report_of(
+    settings: dict[str, Any], config: EngineConfig, concurrencies: list[int], n: int
+) -> dict[str, Any]:
+    """Load, measure with n requests, and give the report; `settings` become part of it."""
+    from outdraft.bench.arms import modes_of, of_text, random_requests
+    from outdraft.bench.machine import describe_machine, describe_version
+    from outdraft.bench.throughput import mix_requests, summarise
+    from outdraft.cli.streaming import load
+
+    model, seed, max_tokens = (settings[name] for name in ("model", "seed", "max_tokens"))
+    llm = load(model, config)
+    check(llm, max_tokens)
+    if settings["text"] == "random":
+        asked = random_requests(llm, n, max_tokens, seed)
+    else:
+        prompts = of_text(find_prompts(llm, None, PROMPTS_PER_KIND, seed), settings["text"])
+        asked = mix_requests(prompts, n, max_tokens, llm.ctx_size, seed)
+    modes = modes_of(
+        llm, settings["drafts"], seed, lambda name: load(model, replace(config, spec_type=name))
+    )
+    report = summarise(measure(modes, asked, concurrencies, settings["rounds"]))
+    report["settings"] = settings_of(llm, asked) | settings
+    return report | {"machine": describe_machine(), **describe_version()}
 
 
 def deliver(report: dict[str, Any], json_file: str | None) -> None:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.engine.graphs import MAX_RECORDED_ROWS, Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.models.registry import Target
+from outdraft.ops.record import Recordable
 from outdraft.request import SamplingParams
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
 from outdraft.speculate.length import LengthController
@@ -24,6 +26,8 @@ from outdraft.speculate.length import LengthController
 SCRATCH = "cost measurement"
 CONTEXT = 256
 BUDGET_S = 0.6
+RECORD_S = 0.3
+GRAPH_BUDGET_S = 6.0  # where a call runs and is captured before it can be replayed
 REPEATS = 2
 SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
 OWN_CONTEXT = 16  # for drafters that have to read it themselves
@@ -47,7 +51,7 @@ def measure_costs(
     n_draft_max: int,
     max_sequences: int,
     *,
-    budget_s: float = BUDGET_S,
+    budget_s: float | None = None,
 ) -> int:
     """Fill the controllers' costs; how many sizes of a pass were measured.
 
@@ -60,23 +64,28 @@ def measure_costs(
         return 0
     try:
         context = _open(bench, opened, 1)
+        if budget_s is None:
+            start, budget_s = _begin(bench, opened, start)
         deadline = start + budget_s
-        for n_rows in _sizes(n_draft_max, max_sequences * (n_draft_max + 1)):
+        few, many = _sizes(n_draft_max, max_sequences)
+        for n_rows in few + many:
             if n_rows > n_draft_max + 1 and len(opened) == 1:
                 _open(bench, opened, max_sequences)
             if n_rows > len(opened) * (n_draft_max + 1):
-                break
+                continue
             pass_s = _measure(partial(_verify, bench, opened, n_rows), deadline)
             if pass_s is None:
                 break
             passes[n_rows] = pass_s
-            if n_rows == n_draft_max + 1:  # the two ends of one sequence first
-                _measure_rounds(lengths, bench, opened[:1], context, n_draft_max, deadline)
-        for n in _sizes(0, len(opened))[1:]:
+            if n_rows in (few[-1], many[0]):
+                names = opened[: 1 if n_rows == few[-1] else None]
+                _measure_rounds(lengths, bench, names, context, n_draft_max, deadline)
+        for n in range(4, len(opened), 4):
             _measure_rounds(lengths, bench, opened[:n], context, n_draft_max, deadline)
         for n_rows, pass_s in passes.items():  # again, since a disturbance lasts for a while
             again = _measure(partial(_verify, bench, opened, n_rows), deadline)
             passes[n_rows] = min(pass_s, again or pass_s)
+        _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
     except Exception:
         return len(passes)
     finally:
@@ -89,6 +98,33 @@ def measure_costs(
     return len(passes)
 
 
+def _record(
+    bench: Bench, names: list[str], n_draft_max: int, context: int, deadline: float
+) -> None:
+    """Run the sizes that were not measured once: the first time of a size is slow."""
+    most = min(MAX_RECORDED_ROWS, len(names) * (n_draft_max + 1))
+    for n_rows in range(1, most + 1):
+        if time.perf_counter() > deadline:
+            return
+        _verify(bench, names, n_rows)
+    hidden_H = _verify(bench, names, 1).hidden_TH[0].clone()
+    for n in range(1, len(names) + 1):
+        view = _view(bench, names[:n], SamplingParams(), context, hidden_H)
+        for depth in range(1, n_draft_max + 1):
+            if time.perf_counter() > deadline:
+                return
+            bench.drafter.propose(view, depth)
+
+
+def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
+    """When measuring begins and how long it may take; a GPU's kernels are built before."""
+    ops = bench.target.ops
+    if not (isinstance(ops, Recordable) and ops.warms_up):
+        return start, BUDGET_S
+    _verify(bench, names, 1)
+    return time.perf_counter(), GRAPH_BUDGET_S
+
+
 def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]]:
     kinds = [(lengths.likeliest, SamplingParams())]
     if lengths.sample_drafts:
@@ -96,15 +132,16 @@ def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]
     return kinds
 
 
-def _sizes(n_draft_max: int, most: int) -> list[int]:
-    """Rows of one sequence: plain, longest, those between; then half as many again each time."""
-    first = [1, n_draft_max + 1, *range(2, n_draft_max + 1)]
-    sizes = list(dict.fromkeys(n for n in first if n <= most))
-    n = max(sizes)
+def _sizes(n_draft_max: int, max_sequences: int) -> tuple[list[int], list[int]]:
+    """Rows of one sequence, and of many: the ends first, then what is between, a third apart."""
+    few = list(dict.fromkeys((1, 2, n_draft_max + 1)))
+    most = max_sequences * (n_draft_max + 1)
+    between, n = [*range(3, n_draft_max + 1)], n_draft_max + 1
     while n < most:
         n = min(max(n + 1, n * 4 // 3), most)
-        sizes.append(n)
-    return sizes
+        between.append(n)
+    many = dict.fromkeys((max_sequences, 2 * max_sequences, *between))
+    return few, [n for n in many if n not in few and n <= most] or few[-1:]
 
 
 def _measure_rounds(
@@ -119,19 +156,25 @@ def _measure_rounds(
 
     A pass leaves the caches without the drafter's weights.
     """
-    if not bench.drafter.needs.final_hidden:
-        context = min(context, OWN_CONTEXT)
-    tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(context + 1)]
     between = partial(_verify, bench, names, len(names))
     hidden_H = between().hidden_TH[0].clone()
     for controller, params in _kinds(lengths):
-        views = [SequenceView(name, tokens, params, 0, hidden_H) for name in names]
-        view = TargetView(views, bench.memory, bench.target.model.embed, bench.target.ops)
+        view = _view(bench, names, params, context, hidden_H)
         for depth in dict.fromkeys((n_draft_max, 1)):
             draft_s = _measure(partial(bench.drafter.propose, view, depth), deadline, between)
             if draft_s is None:
                 return
             controller.costs.rounds.set(len(names), depth, draft_s)
+
+
+def _view(
+    bench: Bench, names: list[str], params: SamplingParams, context: int, hidden_H: Tensor
+) -> TargetView:
+    if not bench.drafter.needs.final_hidden:
+        context = min(context, OWN_CONTEXT)
+    tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(context + 1)]
+    views = [SequenceView(name, tokens, params, 0, hidden_H) for name in names]
+    return TargetView(views, bench.memory, bench.target.model.embed, bench.target.ops)
 
 
 def _open(bench: Bench, opened: list[str], n: int) -> int:

@@ -102,7 +102,7 @@ class LLM:
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
         self.ctx_size = self.target.ctx_size
         max_rows = max(self.config.prefill_chunk, self.pairing.n_draft_max + 1)
-        self.memory = build_memory(self.target, self.config, max_rows)
+        self.memory = build_memory(self.target, self.config, max_rows, self.pairing.n_draft_max)
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
         self.scheduler = Scheduler(
             books=self.memory.books,

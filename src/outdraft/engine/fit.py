@@ -18,7 +18,7 @@ ACTIVATIONS = 40  # numbers a row that a pass holds at once, in hidden sizes
 DEFAULT_SEQUENCES = 4
 
 
-def build_memory(target: Target, config: EngineConfig, max_rows: int) -> Memory:
+def build_memory(target: Target, config: EngineConfig, max_rows: int, n_draft_max: int) -> Memory:
     """Pages for keys and values: as many as were asked for, or as the device has room for.
 
     Without a number of tokens a CPU gets enough for four of the longest sequences; a GPU gets as
@@ -36,6 +36,7 @@ def build_memory(target: Target, config: EngineConfig, max_rows: int) -> Memory:
         "max_rows": max_rows,
         "dtype": target.ops.kv_dtype,
         "prefix_cache": config.prefix_cache,
+        "n_draft_max": n_draft_max,
     }
     device = target.ops.device
     if device.type == "cpu":

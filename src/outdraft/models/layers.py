@@ -4,13 +4,13 @@ Shapes: T rows, H query heads, G key/value heads, D head dimension.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from outdraft.errors import ModelError
-from outdraft.ops.base import Heads, Ops
+from outdraft.ops.base import DeltaNet, Heads, Ops
 
 
 class Attend(Protocol):
@@ -22,6 +22,15 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """Store k and v (None: the layer reads another layer's) and attend; [T, H, D]."""
+        ...
+
+
+@runtime_checkable
+class Recurs(Protocol):
+    """What an `Attend` over memory with recurrent layers can do beside."""
+
+    def recur(self, layer: int, x_TC: Tensor, a_TH: Tensor, b_TH: Tensor, net: DeltaNet) -> Tensor:
+        """Convolution and gated delta rule from the layer's states on, fp32 [T, H, V]."""
         ...
 
 

@@ -6,21 +6,22 @@ Adding a family means adding a file beside this one and a line to `TARGETS`. Not
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.cache.memory import KVLayer
+from outdraft.cache.memory import LayerMemory
 from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.device import find_device, has_dependent_launch
 from outdraft.errors import ModelError
-from outdraft.models import gemma4, gemma4_config, ministral3
+from outdraft.models import gemma4, gemma4_config, ministral3, qwen3_5, qwen3_5_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.ministral3 import Ministral3Config
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
 from outdraft.ops.packed import Format
@@ -57,10 +58,12 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], TargetConfig]
     expected_tensors: Callable[[Any], dict[str, ExpectedTensor]]
     ignore_rules: Callable[[Any], list[IgnoreRule]]
-    memory_layers: Callable[[Any], list[KVLayer]]
+    memory_layers: Callable[[Any], Sequence[LayerMemory]]
     build: Callable[[Any, Mapping[str, Any], Ops, int], TargetModel]
     describe: Callable[[Any], dict[str, str | int | float]]
     prefixes: tuple[str, ...]
+    cpu_only: str | None = None
+    """Why it does not run on a GPU, if it does not."""
 
 
 GEMMA4 = Family(
@@ -83,9 +86,21 @@ MINISTRAL3 = Family(
     prefixes=ministral3.PREFIXES,
 )
 
+QWEN35 = Family(
+    read_config=Qwen35Config.from_hf,
+    expected_tensors=qwen3_5.expected_tensors,
+    ignore_rules=qwen3_5.ignore_rules,
+    memory_layers=qwen3_5.memory_layers,
+    build=qwen3_5.Qwen35,
+    prefixes=qwen3_5.PREFIXES,
+    describe=qwen3_5_config.describe,
+    cpu_only="the kernels of its recurrent layers are for CPUs",
+)
+
 TARGETS: dict[str, Family] = {
     **dict.fromkeys(TARGET_TYPES, GEMMA4),
     **dict.fromkeys(ministral3.MODEL_TYPES, MINISTRAL3),
+    **dict.fromkeys(qwen3_5_config.MODEL_TYPES, QWEN35),
 }
 
 
@@ -158,6 +173,11 @@ def choose_ops(
         ModelError: the kernels were asked for and cannot run this.
     """
     device = card(config)
+    uneven = [dim for dim in model.head_dims if dim & (dim - 1)]
+    if device is not None and uneven:
+        if config.device == "cuda":
+            raise ModelError(f"device cuda has no heads of {uneven[0]}", "use --device cpu")
+        device = None
     if device is not None:
         return cuda_ops(config, device, resolve_quant(config, stored_bits, drafter=drafter))
     odd = [dim for dim in model.head_dims if dim % HEAD_DIM_MULTIPLE]
@@ -216,6 +236,10 @@ def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None
     """
     raw = read_config(path)
     family = family_of(raw, path)
+    if family.cpu_only is not None:
+        if engine.device == "cuda":
+            raise ModelError(f"{path} cannot run on the GPU: {family.cpu_only}", "use --device cpu")
+        engine = replace(engine, device="cpu")
     config = family.read_config(raw)
     torch_dtype = resolve_dtype(engine.dtype, config.dtype)
     checkpoint = Checkpoint.open(path)

@@ -152,3 +152,7 @@ class CpuOps(Kernels):
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`."""
         return self.activate(gate_TK, up_TK, activation)
+
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """See `Ops.gate_rows`."""
+        return self.combine(x_TK, self.activate(gate_T1, torch.ones_like(gate_T1), "sigmoid"))

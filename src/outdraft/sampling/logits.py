@@ -22,6 +22,9 @@ NUCLEUS_GUESS = 1024
 CHUNK = 128
 """Scores are first looked at by the largest of so many: most of a vocabulary is never the best."""
 
+FEW = 8192
+"""Up to so many scores are looked at one by one."""
+
 
 def greedy(logits_RV: Tensor) -> Tensor:
     """The most probable token of every row, int64 [R]; the lowest id among equals.
@@ -146,6 +149,8 @@ def _typical(log_C: Tensor, mass: float) -> Tensor:
 
 def _largest(scores_V: Tensor, n: int) -> Tensor:
     """Places of the n largest scores, ascending; the lowest among equals (1 <= n <= V)."""
+    if scores_V.shape[0] <= FEW:
+        return _largest_of_all(scores_V, n)
     maxima = _chunk_maxima(scores_V)
     if n < maxima.shape[0]:  # n chunks have a score of at least the n-th largest maximum
         among_C = _at_least(scores_V, float(maxima.topk(n).values[-1]))
@@ -172,6 +177,8 @@ def _chunk_maxima(scores_V: Tensor) -> Tensor:
 
 def _at_least(scores_V: Tensor, floor: float) -> Tensor:
     """Places of all scores from `floor` up, ascending."""
+    if scores_V.shape[0] <= FEW:
+        return torch.nonzero(scores_V >= floor).flatten()
     n = scores_V.shape[0] // CHUNK * CHUNK
     chunks_NC = scores_V[:n].view(-1, CHUNK)
     found = torch.nonzero(chunks_NC.amax(dim=-1) >= floor).flatten()
@@ -189,10 +196,12 @@ def _nucleus(scores_C: Tensor, top_p: float) -> Tensor:
     """
     n_all = scores_C.shape[0]
     probs_C = torch.softmax(scores_C, dim=0)
-    maxima = _chunk_maxima(probs_C)
+    if n_all <= NUCLEUS_GUESS:
+        mass = probs_C.sort(descending=True).values.double().cumsum(0)
+        return _largest_of_all(scores_C, min(n_all, int((mass < top_p).sum()) + 1))
     floors = [(1 - top_p) / n_all, 0.0]
-    if maxima.shape[0] > NUCLEUS_GUESS:
-        floors.insert(0, float(maxima.topk(NUCLEUS_GUESS).values[-1]))
+    if n_all > NUCLEUS_GUESS * CHUNK:
+        floors.insert(0, float(_chunk_maxima(probs_C).topk(NUCLEUS_GUESS).values[-1]))
     for floor in floors:
         among = _at_least(probs_C, floor)
         mass = probs_C[among].sort(descending=True).values.double().cumsum(0)

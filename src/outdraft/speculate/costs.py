@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from math import log2
 from statistics import median
 
-LEARN = 0.05  # of sizes seen often; those seen seldom learn faster
+LEARN = 0.1  # of sizes seen often; those seen seldom learn faster
 OCTAVE_PARTS = 2  # sizes are corrected together, by so many factors for each doubling of rows
+LOOK_EVERY = 3  # steps: to learn from each would cost more than it brings
 CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
 OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
-SPEED_STEPS = 15
+SPEED_STEPS = 11
+ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
 
 
@@ -126,16 +128,17 @@ class StepModel:
     def __init__(self) -> None:
         self.passes = RowCosts()
         self.rounds = DraftCosts()
-        self.draft_factor = 1.0
-        self.rest_s = 0.0
-        """What follows the pass, a sequence."""
+        self._draft_s: dict[tuple[int, int], float] = {}
+        self._n_rounds = 0
+        self._draft_factors = ByBatch(1.0)
+        self._rests = ByBatch(0.0)
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
         self._speed = 1.0
+        self._n_passes = 0
         self._measured = False
         self._pass_s: list[float] = []
         self._factors: list[float] = []
         self._n_seen: list[float] = []
-        self._n_rounds = 0
 
     @property
     def known(self) -> bool:
@@ -149,8 +152,20 @@ class StepModel:
 
     def at(self, n_sequences: int, n_rows: int, n_drafting: int = 0, depth: int = 0) -> float:
         """Seconds of a step at the usual speed; `n_drafting` sequences are in the draft round."""
-        draft_s = self.draft_factor * self.rounds.at(n_drafting, depth) if depth else 0.0
-        return self.pass_s(n_rows) + draft_s + self.rest_s * n_sequences
+        draft_s = self.draft_s(n_drafting, depth) if depth else 0.0
+        return self.pass_s(n_rows) + draft_s + self.rest_s(n_sequences)
+
+    def draft_s(self, n_drafting: int, depth: int) -> float:
+        """Of a draft round."""
+        found = self._draft_s.get((n_drafting, depth))
+        if found is None:
+            found = self.rounds.at(n_drafting, depth) * self._draft_factors.at(n_drafting)
+            self._draft_s[n_drafting, depth] = found
+        return found
+
+    def rest_s(self, n_sequences: int) -> float:
+        """Of what follows a pass."""
+        return self._rests.at(n_sequences)
 
     def pass_s(self, n_rows: int) -> float:
         """Of a pass: what was measured first, times what was learned about sizes like it."""
@@ -178,16 +193,21 @@ class StepModel:
             self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows))
             self._pass_s.clear()
             return
+        self._n_passes += 1
+        if self._n_passes % LOOK_EVERY:
+            return
         self._steps.append((n_rows, seconds, seconds / self.pass_s(n_rows)))
         self._speed = median(ratio for _, _, ratio in self._steps)
         if len(self._steps) < SPEED_STEPS:
             return
         n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]  # both sides of the middle are known
+        others = [ratio for size, _, ratio in self._steps if size != n_rows]
+        speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
             self._n_seen = [0.0] * len(self._n_seen)
-            self._n_rounds = 0
-        self._learn(n_rows, seconds / self._speed / self.pass_s(n_rows))
+            self._draft_factors.doubt()
+        self._learn(n_rows, seconds / speed / self.pass_s(n_rows))
 
     def _learn(self, n_rows: int, ratio: float) -> None:
         i, share = self._place(n_rows)
@@ -208,18 +228,48 @@ class StepModel:
     def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
         """A draft round took so long."""
         own_s = seconds / self._speed
-        usual = self.rounds.at(n_drafting, depth)
-        if usual == 0.0:
+        first_s = self.rounds.at(n_drafting, depth)
+        self._n_rounds += 1
+        if first_s > 0.0 and self._n_rounds % LOOK_EVERY:
+            return
+        if first_s == 0.0:
             self.rounds.set(n_drafting, depth, own_s)
         else:
-            self._n_rounds += 1
-            share = max(LEARN, 1 / (self._n_rounds + 1))
-            self.draft_factor *= _towards(1.0, own_s / (usual * self.draft_factor), share)
+            self._draft_factors.observe(n_drafting, own_s / first_s)
+        self._draft_s.clear()
 
     def observe_rest(self, n_sequences: int, seconds: float) -> None:
         """What followed a pass took so long."""
-        own_s = seconds / n_sequences / self._speed
-        self.rest_s = own_s if self.rest_s == 0.0 else _towards(self.rest_s, own_s)
+        self._rests.observe(n_sequences, seconds / self._speed)
+
+
+class ByBatch:
+    """A running mean for batches of about one size: 1, 2 and 3, 4 to 7, and so on."""
+
+    def __init__(self, unknown: float) -> None:
+        self.unknown = unknown
+        self._mean: dict[int, float] = {}
+        self._n_seen: dict[int, int] = {}
+
+    def at(self, n_sequences: int) -> float:
+        """Of the nearest size that was seen."""
+        size = n_sequences.bit_length()
+        if size in self._mean:
+            return self._mean[size]
+        nearest = min(self._mean, key=lambda other: abs(other - size), default=None)
+        return self.unknown if nearest is None else self._mean[nearest]
+
+    def observe(self, n_sequences: int, value: float) -> None:
+        """One more value; an outlier counts as `OUTLIER` times the mean."""
+        size = n_sequences.bit_length()
+        n_seen = self._n_seen[size] = self._n_seen.get(size, 0) + 1
+        usual = self._mean.get(size)
+        share = max(LEARN, 1 / (n_seen + 1))
+        self._mean[size] = value if usual is None else _towards(usual, value, share)
+
+    def doubt(self) -> None:
+        """Believe the next values more than the mean."""
+        self._n_seen.clear()
 
 
 def _towards(usual: float, seen: float, share: float = LEARN) -> float:

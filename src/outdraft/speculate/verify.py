@@ -139,5 +139,5 @@ def block_residual(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, floa
     """
     excess_V = (p_V * share - q_V).clamp_(min=0)
     mass = float(excess_V.sum(dtype=torch.float64))
-    left = mass + 1 - share
+    left = mass + (1 - share)  # in this order a share of 1 gives a chance of 1
     return excess_V, mass / left if left else 0.0
