@@ -1,4 +1,4 @@
-"""Requests of the shape that coding agents send, with the fields that only the makers' servers read."""
+"""Requests of the shape that coding agents send, with fields that only the makers' servers read."""
 
 import json
 from typing import Any
