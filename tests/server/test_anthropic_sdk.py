@@ -4,11 +4,12 @@ import asyncio
 from typing import Any
 
 import anthropic
+import openai
 import pytest
 from pydantic import BaseModel, Field
 
 from outdraft.server.responses import item_messages
-from tests.server.live import Live
+from tests.server.live import Live, live_server
 from tests.server.sdk import (
     MESSAGES,
     PROMPT,
@@ -16,6 +17,7 @@ from tests.server.sdk import (
     anthropic_of,
     async_anthropic_of,
     check_weather,
+    openai_of,
     python_says,
 )
 
@@ -175,6 +177,34 @@ def test_wrong_keys(keyed: Live) -> None:
             model="demo", max_tokens=1, messages=[{"role": "user", "content": "x" * (9 << 20)}]
         )
     assert caught.value.status_code == 413
+
+
+def test_busy_servers_and_unfair_clients() -> None:
+    """429 for a client with its share in use, 503 when all is, as the SDKs' own exceptions."""
+    options = ("--max-in-flight", "2", "--client-share", "0.5")
+    body: Any = {"prompt": "def", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    with live_server(*options, "--api-key", "one", "--api-key", "two") as live:
+
+        def hold(key: str) -> Any:
+            headers = {"Authorization": f"Bearer {key}"}
+            return live.client().stream("POST", "/v1/completions", json=body, headers=headers)
+
+        asked: Any = {"model": "demo", "max_tokens": 4, "messages": MESSAGES}
+        with hold("one"):
+            with pytest.raises(anthropic.RateLimitError) as limited:
+                anthropic_of(live, api_key="one").messages.create(**asked)
+            with pytest.raises(openai.RateLimitError) as also:
+                openai_of(live, api_key="one").chat.completions.create(**asked)
+            assert limited.value.response.headers["retry-after"] == "1"
+            assert also.value.response.headers["retry-after"] == "1"
+            with hold("two"):
+                with pytest.raises(anthropic.APIStatusError) as full:
+                    anthropic_of(live, api_key="two").messages.create(**asked)
+                with pytest.raises(openai.InternalServerError) as full_too:
+                    openai_of(live, api_key="two").responses.create(model="demo", input="x")
+        assert full.value.status_code == full_too.value.status_code == 503
+        error: Any = full.value.body
+        assert error["error"]["type"] == "overloaded_error"
 
 
 def test_items_become_messages() -> None:
