@@ -22,6 +22,7 @@ from tests.server.sdk import (
 )
 
 TOOL: Any = {"name": "weather", "description": "The weather.", "input_schema": WEATHER}
+GREEDY = {"temperature": 0}  # which newer versions of the SDK have no argument for
 ANY: Any = {"type": "any", "disable_parallel_tool_use": True}
 
 
@@ -36,21 +37,21 @@ def test_messages_say_what_python_says(live: Live) -> None:
     client = anthropic_of(live)
     expected = python_says(temperature=0, max_tokens=40)
     asked: Any = {"model": "demo", "max_tokens": 40, "messages": MESSAGES}
-    got = client.messages.create(temperature=0, **asked)
+    got = client.messages.create(extra_body=GREEDY, **asked)
     (block,) = got.content
     assert block.type == "text" and block.text == expected.text
     assert got.stop_reason == "max_tokens"
     assert got.usage.output_tokens == 40
     cached = got.usage.cache_read_input_tokens or 0
     assert got.usage.input_tokens + cached == len(expected.prompt_tokens)
-    sampled = client.messages.create(temperature=0.8, extra_body={"seed": 3}, **asked)
+    sampled = client.messages.create(extra_body={"temperature": 0.8, "seed": 3}, **asked)
     text = python_says(temperature=0.8, seed=3, max_tokens=40).text
     assert sampled.content[0].text == text  # type: ignore[union-attr]
 
 
 def test_content_in_blocks_and_a_system_text(live: Live) -> None:
     client = anthropic_of(live)
-    asked: Any = {"model": "demo", "max_tokens": 16, "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 16, "extra_body": GREEDY}
     whole = client.messages.create(system="Be brief.", messages=MESSAGES, **asked)
     blocks = client.messages.create(
         system=[{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
@@ -68,7 +69,7 @@ def test_content_in_blocks_and_a_system_text(live: Live) -> None:
 
 def test_events_of_a_message(live: Live) -> None:
     expected = python_says(temperature=0, max_tokens=12)
-    asked: Any = {"model": "demo", "max_tokens": 12, "messages": MESSAGES, "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 12, "messages": MESSAGES, "extra_body": GREEDY}
     events = list(anthropic_of(live).messages.create(stream=True, **asked))
     kinds = [e.type for e in events]
     assert list(dict.fromkeys(kinds)) == [
@@ -91,7 +92,7 @@ def test_events_of_a_message(live: Live) -> None:
 def test_stop_sequences(live: Live) -> None:
     text = python_says(temperature=0, max_tokens=40).text
     stop = text.strip().split()[1]
-    asked: Any = {"model": "demo", "max_tokens": 40, "messages": MESSAGES, "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 40, "messages": MESSAGES, "extra_body": GREEDY}
     got = anthropic_of(live).messages.create(stop_sequences=["never said", stop], **asked)
     assert (got.stop_reason, got.stop_sequence) == ("stop_sequence", stop)
     assert got.content[0].text == text[: text.index(stop)]  # type: ignore[union-attr]
@@ -100,7 +101,7 @@ def test_stop_sequences(live: Live) -> None:
 @pytest.mark.parametrize("choice", [ANY, {"type": "tool", "name": "weather"}], ids=["any", "tool"])
 def test_tools_and_their_results(live: Live, choice: Any) -> None:
     client = anthropic_of(live)
-    asked: Any = {"model": "demo", "max_tokens": 100, "tools": [TOOL], "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 100, "tools": [TOOL], "extra_body": GREEDY}
     got = client.messages.create(messages=MESSAGES, tool_choice=choice, **asked)
     (call,) = got.content
     assert call.type == "tool_use" and got.stop_reason == "tool_use"
@@ -135,7 +136,7 @@ def test_from_asyncio(live: Live) -> None:
             asked: Any = {"model": "demo", "max_tokens": 16, "messages": MESSAGES}
 
             async def one() -> str:
-                async with client.messages.stream(temperature=0, **asked) as stream:
+                async with client.messages.stream(extra_body=GREEDY, **asked) as stream:
                     return "".join([text async for text in stream.text_stream])
 
             return await asyncio.gather(*(one() for _ in range(4)))
