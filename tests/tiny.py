@@ -116,9 +116,57 @@ MINISTRAL3: dict[str, Any] = {
 }
 
 
+QWEN35: dict[str, Any] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+    },
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ministral3": MINISTRAL3,
+    "qwen3_5": QWEN35,
+    "qwen3_5_moe": QWEN35
+    | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+    },
+}
+
+
 def target_config(shape: str = "plain", **changes: Any) -> dict[str, Any]:
     """config.json of a tiny target."""
-    base = MINISTRAL3 if shape == "ministral3" else _BASE | SHAPES[shape]
+    base = OTHERS[shape] if shape in OTHERS else _BASE | SHAPES[shape]
     return json.loads(json.dumps(base | changes))
 
 

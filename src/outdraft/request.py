@@ -62,8 +62,9 @@ class SamplingParams:
         logprobs: report log-probabilities: of each emitted token and of so many best ones. They
             are the model's own, before any of the values above.
         prompt_logprobs: the same for the tokens of the prompt.
-        json_schema: the text is JSON of this schema, a mapping or JSON text.
-        json_object: the text is a JSON object.
+        json_schema: the text is JSON of this schema, a mapping or JSON text. It is on one line, as
+            `json.dumps` writes it, so that no answer is cut inside of spaces.
+        json_object: the text is a JSON object, laid out alike.
         regex: the text matches this regular expression as a whole.
         grammar: the text follows this Lark grammar.
         show_token_ids: special tokens that stand in the text as the vocabulary spells them; others

@@ -34,6 +34,8 @@ TORCH_FREE = (
     "engine/scheduler.py",
     "engine/sequence.py",
     "engine/stats.py",
+    "speculate/costs.py",
+    "speculate/length.py",
     "speculate/stats.py",
 )
 FILE_LIMIT, FILE_HARD, LONG_FILES = 400, 600, set[str]()

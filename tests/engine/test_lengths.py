@@ -79,9 +79,9 @@ def test_a_seed_gives_the_text_of_plain_decoding_whatever_the_lengths(llm: LLM) 
 def test_without_a_seed_drafts_are_drawn(llm: LLM) -> None:
     assert llm.lengths is not None
     llm.set_draft_auto()
-    before = llm.lengths.drawn._version
+    before = llm.lengths.drawn._shared_of("model").version
     llm.generate(PROMPTS[0], SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.7))
-    assert llm.lengths.drawn._version > before
+    assert llm.lengths.drawn._shared_of("model").version > before
 
 
 def test_a_fixed_length_is_kept(llm: LLM) -> None:

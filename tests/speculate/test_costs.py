@@ -39,8 +39,7 @@ def test_rounds_between_batches_and_depths() -> None:
 
 def test_one_disturbed_step_moves_a_cost_little() -> None:
     model = StepModel()
-    for n_rows in (1, 2, 4):
-        model.observe_pass(n_rows, 1.0 + 0.1 * n_rows)
+    model.measured({n_rows: 1.0 + 0.1 * n_rows for n_rows in (1, 2, 4)})
     for _ in range(20):
         model.observe_pass(2, 1.2)
     model.observe_pass(2, 50.0)
@@ -50,8 +49,7 @@ def test_one_disturbed_step_moves_a_cost_little() -> None:
 def test_a_cost_that_was_wrong_is_corrected() -> None:
     """Measured too high at the start, beside another size that tells how fast the machine is."""
     model = StepModel()
-    model.observe_pass(1, 1.0)
-    model.observe_pass(2, 3.0)
+    model.measured({1: 1.0, 2: 3.0})
     for _ in range(300):
         model.observe_pass(1, 1.0)
         model.observe_pass(2, 1.2)
@@ -61,12 +59,18 @@ def test_a_cost_that_was_wrong_is_corrected() -> None:
 def test_a_machine_that_changes_much_is_measured_anew() -> None:
     """Another program on its cores made every pass cost the same; then it ended."""
     model = StepModel()
-    for n_rows in (1, 2, 4, 8):
-        model.observe_pass(n_rows, 25.0)
-    for _ in range(20):
+    model.measured(dict.fromkeys((1, 2, 4, 8), 25.0))
+    for _ in range(60):
         model.observe_pass(2, 1.2)
-    assert model.passes.sizes == [2]
-    for _ in range(30):
+    for _ in range(100):
         model.observe_pass(1, 1.0)
         model.observe_pass(4, 1.4)
-    assert model.at(1, 4) / model.at(1, 1) == pytest.approx(1.4, rel=0.02)
+    assert model.at(1, 4) / model.at(1, 1) == pytest.approx(1.4, rel=0.05)
+
+
+def test_fewer_rows_cost_no_more() -> None:
+    costs = RowCosts()
+    for n_rows, seconds in ((1, 3.0), (2, 1.0), (4, 1.5), (8, 1.2)):
+        costs.set(n_rows, seconds)
+    costs.straighten()
+    assert [costs.at(n) for n in (1, 2, 4, 8)] == [1.0, 1.0, 1.2, 1.2]

@@ -32,8 +32,9 @@ def lengths(controller: LengthController, names: list[str]) -> list[int]:
 
 def started() -> LengthController:
     controller = LengthController(6)
-    for k, target_s in enumerate(TARGET_S):
-        controller.observe_step(1, 1 + k, int(k > 0), k, target_s, 0.1 * k)
+    controller.costs.measured({1 + k: target_s for k, target_s in enumerate(TARGET_S)})
+    for k in range(1, 7):
+        controller.costs.rounds.set(1, k, 0.1 * k)
     return controller
 
 
@@ -99,8 +100,7 @@ def test_a_source_that_was_given_up_is_tried_again() -> None:
 
 def test_each_sequence_of_a_batch_has_its_own_length() -> None:
     controller = LengthController(4)
-    for n_rows in range(1, 21):
-        controller.costs.observe_pass(n_rows, 1.0 + 0.15 * n_rows)
+    controller.costs.measured({n_rows: 1.0 + 0.15 * n_rows for n_rows in range(1, 21)})
     for _ in range(100):
         controller.observe_block("good", "model", 4, 4)
         controller.observe_block("bad", "model", 4, 0)

@@ -7,7 +7,6 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import remark
-from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 
 app = typer.Typer(add_completion=False)
@@ -30,6 +29,7 @@ KeyFile = Annotated[
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     model: options.Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8080,
@@ -69,6 +69,9 @@ def serve(
     kv_dtype: options.KvType = "bf16",
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    cache: options.Cache = True,
+    cache_dir: options.CacheDir = None,
+    cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
     tool_format: Annotated[
         str | None, typer.Option(help="How the model calls tools, instead of finding out.")
     ] = None,
@@ -81,23 +84,7 @@ def serve(
     from outdraft.server.run import ServerConfig
     from outdraft.server.run import serve as run
 
-    engine = EngineConfig(
-        spec_type=spec_type,
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        draft_n=spec_draft_n,
-        sample_drafts=spec_draft_sample,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        ctx_size=ctx_size,
-        max_sequences=max_sequences,
-        max_queue=max_in_flight,
-        kv_cache_tokens=kv_cache_tokens,
-        prefix_cache=prefix_cache,
-        threads=threads,
-    )
+    engine = options.engine_config(ctx.params, max_queue=max_in_flight)
     limits = Limits(
         body_bytes=max_body_mib << 20,
         in_flight=max_in_flight,

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.graphs import TargetPass
+from outdraft.engine.graphs import MAX_RECORDED_ROWS, Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.models.registry import Target
+from outdraft.ops.record import Recordable
 from outdraft.request import SamplingParams
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
 from outdraft.speculate.length import LengthController
 
 SCRATCH = "cost measurement"
-CONTEXT = 2
+CONTEXT = 256
 BUDGET_S = 0.6
-REPEATS = 3
+RECORD_S = 0.3
+GRAPH_BUDGET_S = 6.0  # where a call runs and is captured before it can be replayed
+REPEATS = 2
 SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
+OWN_CONTEXT = 16  # for drafters that have to read it themselves
 STRIDE = 7919  # tokens that differ, since equal ones would go to the same experts
 
 
@@ -47,41 +51,78 @@ def measure_costs(
     n_draft_max: int,
     max_sequences: int,
     *,
-    budget_s: float = BUDGET_S,
+    budget_s: float | None = None,
 ) -> int:
     """Fill the controllers' costs; how many sizes of a pass were measured.
 
     Whatever fails here is left for requests to report.
     """
-    deadline = time.perf_counter() + budget_s
-    n_measured, opened, hidden = 0, list[str](), list[Tensor]()
-    if bench.target.ctx_size < CONTEXT + n_draft_max + 2:
+    start = time.perf_counter()
+    opened: list[str] = []
+    passes: dict[int, float] = {}
+    if bench.target.ctx_size < 4 * (n_draft_max + 2):
         return 0
     try:
-        _open(bench, opened, hidden, 1)
-        for n_rows in _sizes(n_draft_max, max_sequences * (n_draft_max + 1)):
+        context = _open(bench, opened, 1)
+        if budget_s is None:
+            start, budget_s = _begin(bench, opened, start)
+        deadline = start + budget_s
+        few, many = _sizes(n_draft_max, max_sequences)
+        for n_rows in few + many:
             if n_rows > n_draft_max + 1 and len(opened) == 1:
-                _open(bench, opened, hidden, max_sequences)
+                _open(bench, opened, max_sequences)
             if n_rows > len(opened) * (n_draft_max + 1):
-                break
+                continue
             pass_s = _measure(partial(_verify, bench, opened, n_rows), deadline)
             if pass_s is None:
                 break
-            for controller, _ in _kinds(lengths):
-                controller.costs.observe_pass(n_rows, pass_s)
-            n_measured += 1
-            if n_rows == n_draft_max + 1:  # the two ends of one sequence first
-                _measure_rounds(lengths, bench, opened, hidden[:1], n_draft_max, deadline)
-        for n in _sizes(0, len(opened))[1:]:
-            _measure_rounds(lengths, bench, opened, hidden[:n], n_draft_max, deadline)
+            passes[n_rows] = pass_s
+            if n_rows in (few[-1], many[0]):
+                names = opened[: 1 if n_rows == few[-1] else None]
+                _measure_rounds(lengths, bench, names, context, n_draft_max, deadline)
+        for n in range(4, len(opened), 4):
+            _measure_rounds(lengths, bench, opened[:n], context, n_draft_max, deadline)
+        for n_rows, pass_s in passes.items():  # again, since a disturbance lasts for a while
+            again = _measure(partial(_verify, bench, opened, n_rows), deadline)
+            passes[n_rows] = min(pass_s, again or pass_s)
+        _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
     except Exception:
-        return n_measured
+        return len(passes)
     finally:
+        for controller, _ in _kinds(lengths):
+            controller.costs.measured(passes)
         for name in opened:
             bench.memory.close(name)
             with suppress(Exception):
                 bench.drafter.close(name)
-    return n_measured
+    return len(passes)
+
+
+def _record(
+    bench: Bench, names: list[str], n_draft_max: int, context: int, deadline: float
+) -> None:
+    """Run the sizes that were not measured once: the first time of a size is slow."""
+    most = min(MAX_RECORDED_ROWS, len(names) * (n_draft_max + 1))
+    for n_rows in range(1, most + 1):
+        if time.perf_counter() > deadline:
+            return
+        _verify(bench, names, n_rows)
+    hidden_H = _verify(bench, names, 1).hidden_TH[0].clone()
+    for n in range(1, len(names) + 1):
+        view = _view(bench, names[:n], SamplingParams(), context, hidden_H)
+        for depth in range(1, n_draft_max + 1):
+            if time.perf_counter() > deadline:
+                return
+            bench.drafter.propose(view, depth)
+
+
+def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
+    """When measuring begins and how long it may take; a GPU's kernels are built before."""
+    ops = bench.target.ops
+    if not (isinstance(ops, Recordable) and ops.warms_up):
+        return start, BUDGET_S
+    _verify(bench, names, 1)
+    return time.perf_counter(), GRAPH_BUDGET_S
 
 
 def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]]:
@@ -91,65 +132,73 @@ def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]
     return kinds
 
 
-def _sizes(n_draft_max: int, most: int) -> list[int]:
-    """Rows of one sequence: plain, longest, those between; then half as many again each time."""
-    first = [1, n_draft_max + 1, *range(2, n_draft_max + 1)]
-    sizes = list(dict.fromkeys(n for n in first if n <= most))
-    n = max(sizes)
+def _sizes(n_draft_max: int, max_sequences: int) -> tuple[list[int], list[int]]:
+    """Rows of one sequence, and of many: the ends first, then what is between, a third apart."""
+    few = list(dict.fromkeys((1, 2, n_draft_max + 1)))
+    most = max_sequences * (n_draft_max + 1)
+    between, n = [*range(3, n_draft_max + 1)], n_draft_max + 1
     while n < most:
         n = min(max(n + 1, n * 4 // 3), most)
-        sizes.append(n)
-    return sizes
+        between.append(n)
+    many = dict.fromkeys((max_sequences, 2 * max_sequences, *between))
+    return few, [n for n in many if n not in few and n <= most] or few[-1:]
 
 
 def _measure_rounds(
     lengths: AutoLengths,
     bench: Bench,
     names: list[str],
-    hidden: list[Tensor],
+    context: int,
     n_draft_max: int,
     deadline: float,
 ) -> None:
-    """Draft rounds of these sequences, of one step and of the most."""
+    """Draft rounds of these sequences, of one step and of the most, each behind a pass.
+
+    A pass leaves the caches without the drafter's weights.
+    """
+    between = partial(_verify, bench, names, len(names))
+    hidden_H = between().hidden_TH[0].clone()
     for controller, params in _kinds(lengths):
-        views = [
-            SequenceView(name, _tokens(CONTEXT + 1), params, 0, hidden_H)
-            for name, hidden_H in zip(names, hidden, strict=False)
-        ]
-        view = TargetView(views, bench.memory, bench.target.model.embed, bench.target.ops)
+        view = _view(bench, names, params, context, hidden_H)
         for depth in dict.fromkeys((n_draft_max, 1)):
-            draft_s = _measure(partial(bench.drafter.propose, view, depth), deadline)
+            draft_s = _measure(partial(bench.drafter.propose, view, depth), deadline, between)
             if draft_s is None:
                 return
             controller.costs.rounds.set(len(names), depth, draft_s)
 
 
-def _tokens(n: int) -> list[int]:
-    return list(range(n))
+def _view(
+    bench: Bench, names: list[str], params: SamplingParams, context: int, hidden_H: Tensor
+) -> TargetView:
+    if not bench.drafter.needs.final_hidden:
+        context = min(context, OWN_CONTEXT)
+    tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(context + 1)]
+    views = [SequenceView(name, tokens, params, 0, hidden_H) for name in names]
+    return TargetView(views, bench.memory, bench.target.model.embed, bench.target.ops)
 
 
-def _open(bench: Bench, opened: list[str], hidden: list[Tensor], n: int) -> None:
-    """Begin scratch sequences, n in all, as far as memory has pages; they are read in one pass."""
-    memory, first = bench.memory, len(opened)
-    need = memory.books.worst(bench.memory.books.page_slots)
-    pools = {name: group.pool for name, group in memory.books.groups.items()}
-    while len(opened) < n and all(pools[name].n_free >= 2 * need[name] for name in pools):
+def _open(bench: Bench, opened: list[str], n: int) -> int:
+    """Begin scratch sequences, n in all, as far as memory has pages; the context they have.
+
+    Their keys and values are what pages begin with: reading them takes as long as others.
+    """
+    books = bench.memory.books
+    context = min(CONTEXT, bench.target.ctx_size // 2)
+    need = books.worst(context + books.page_slots)
+    while len(opened) < n:
+        if any(g.pool.n_free < 2 * need[group] for group, g in books.groups.items()):
+            break
         name = f"{SCRATCH} {len(opened)}"
-        memory.open(name)
+        bench.memory.open(name)
         opened.append(name)
         bench.drafter.open(name)
-        memory.reserve(name, CONTEXT)
-    new = opened[first:]
-    if new:
-        spans = [Span(name, i * CONTEXT, CONTEXT) for i, name in enumerate(new)]
-        newest = [(i + 1) * CONTEXT - 1 for i in range(len(new))]
-        done = bench.target_pass.run(_tokens(CONTEXT) * len(new), spans, newest)
-        hidden += done.hidden_TH[newest].unbind()
-    for name in new:
-        memory.advance(name, CONTEXT)
+        bench.memory.reserve(name, context)
+        bench.memory.advance(name, context)
+        bench.memory.trim(name)
+    return context
 
 
-def _verify(bench: Bench, names: list[str], n_rows: int) -> None:
+def _verify(bench: Bench, names: list[str], n_rows: int) -> Pass:
     """A pass of so many rows; not counted by `advance`, so the next one overwrites it."""
     n = min(len(names), n_rows)
     spans, start = [], 0
@@ -159,12 +208,15 @@ def _verify(bench: Bench, names: list[str], n_rows: int) -> None:
         spans.append(Span(name, start, end - start))
         start = end
     tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(n_rows)]
-    bench.target_pass.run(tokens, spans, list(range(n_rows)))
+    return bench.target_pass.run(tokens, spans, list(range(n_rows)))
 
 
-def _measure(call: Callable[[], object], deadline: float) -> float | None:
+def _measure(
+    call: Callable[[], object], deadline: float, between: Callable[[], object] = lambda: None
+) -> float | None:
     """Seconds of a call after its first time; None where the time left does not allow it."""
     start = time.perf_counter()
+    between()
     call()  # records
     first_s = time.perf_counter() - start
     repeats = REPEATS if first_s < SLOW_S else 1
@@ -172,6 +224,7 @@ def _measure(call: Callable[[], object], deadline: float) -> float | None:
         return None
     times = []
     for _ in range(repeats):
+        between()
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -75,7 +75,7 @@ class AutoLengths:
         choices = self._of(decoding).choose(asked)
         self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
         if drafter is not None:
-            drafter.use({name: choice.source for name, choice in self._chosen.items()})
+            drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
         return [choice.n_drafts for choice in choices]
 
     def close(self, sequence_id: str) -> None:

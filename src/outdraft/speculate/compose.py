@@ -26,7 +26,7 @@ class NgramFirst:
         self.name = f"{ngram.name}+{other.name}"
         self.needs = union(ngram.needs, other.needs)
         self._matched: set[str] = set()  # sequences whose last drafts were the n-gram's
-        self._chosen: Mapping[str, str] = {}
+        self._chosen: Mapping[str, tuple[str, int]] = {}
 
     def open(self, sequence: str) -> None:
         """Open it for both."""
@@ -43,7 +43,7 @@ class NgramFirst:
         """See `ManySources`: a match in the text, and the other drafter."""
         return (*self.ngram.sources(sequence, tokens), self.other.name)
 
-    def use(self, chosen: Mapping[str, str]) -> None:
+    def use(self, chosen: Mapping[str, tuple[str, int]]) -> None:
         """See `ManySources`."""
         self._chosen = chosen
 
@@ -51,11 +51,9 @@ class NgramFirst:
         """See `Drafter.propose`. The other drafter is asked only for sequences without a match,
         and for those that it was chosen for.
         """
-        found = [
-            [] if self._chosen.get(s.id) == self.other.name else self.ngram.continuation(s, k)
-            for s in view.sequences
-        ]
-        self._chosen = {}
+        chosen, self._chosen = self._chosen, {}
+        other = {s for s, (source, _) in chosen.items() if source == self.other.name}
+        found = [[] if s.id in other else self.ngram.continuation(s, k) for s in view.sequences]
         self._matched -= {s.id for s in view.sequences}
         self._matched |= {s.id for s, tokens in zip(view.sequences, found, strict=True) if tokens}
         rest = [b for b, tokens in enumerate(found) if not tokens]
@@ -64,7 +62,8 @@ class NgramFirst:
         draft = point_masses(found, k)
         if not rest:
             return draft
-        own = self.other.propose(_part(view, rest), k)
+        own_k = max(1, *(chosen.get(view.sequences[b].id, ("", k))[1] for b in rest))
+        own = self.other.propose(_part(view, rest), own_k)
         width = own.tokens_BK.shape[1]
         for i, b in enumerate(rest):
             draft.tokens_BK[b, :width] = own.tokens_BK[i]

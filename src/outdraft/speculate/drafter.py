@@ -124,6 +124,6 @@ class ManySources(Protocol):
         """Who could draft for a sequence of these tokens now, the preferred one first."""
         ...
 
-    def use(self, chosen: Mapping[str, str]) -> None:
-        """For the next `propose`: the source of each sequence; '' leaves it to the drafter."""
+    def use(self, chosen: Mapping[str, tuple[str, int]]) -> None:
+        """For the next `propose`: the source of each sequence, and how many drafts it needs."""
         ...

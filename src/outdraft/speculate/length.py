@@ -17,6 +17,8 @@ FADE = 0.99
 PRIOR = 0.6
 PRIOR_WEIGHT = 4.0
 PROBE_SHARE = 0.01
+USES = 4  # a choice for many sequences serves so many steps, for one sequence two
+OWN_ENOUGH = 16.0  # blocks of its own, from which on what others do changes little
 MARGIN = 1.01  # drafting must promise so much more than plain decoding
 FREE = "ngram"  # sources whose names begin so cost no draft round
 
@@ -28,6 +30,7 @@ class Acceptance:
     tried: list[float]
     kept: list[float]
     gains: list[float] = field(default_factory=list)
+    """Expected tokens of each position, from counts as they were at `version`."""
     version: int = -1
 
     @classmethod
@@ -48,6 +51,7 @@ class Acceptance:
 
     def fade(self) -> None:
         """It could have been used and was not: what is known of it counts less."""
+        self.version += 1
         self.tried = [FADE * n for n in self.tried]
         self.kept = [FADE * n for n in self.kept]
 
@@ -73,7 +77,8 @@ class LengthController:
         self._shared: dict[str, Acceptance] = {}
         self._own: dict[tuple[str, str], Acceptance] = {}
         self._sources: dict[str, set[str]] = {}
-        self._version = 0
+        self._last: tuple[list[tuple[str, Sequence[str]]], list[Choice]] = ([], [])
+        self._uses_left = 0
         self._total_s = 0.0
         self._probe_s = 0.0
 
@@ -84,11 +89,11 @@ class LengthController:
 
     def observe_block(self, sequence: str, source: str, n_drafted: int, n_accepted: int) -> None:
         """One sequence's block from a source was verified."""
-        own = self._of(sequence, source)
+        own, shared = self._of(sequence, source), self._shared_of(source)
         own.observe(n_drafted, n_accepted)
-        self._shared_of(source).observe(n_drafted, n_accepted)
+        shared.observe(n_drafted, n_accepted)
         own.version = -1
-        self._version += 1
+        shared.version += 1
 
     def observe_step(
         self,
@@ -118,40 +123,48 @@ class LengthController:
         n = len(sequences)
         if n == 0 or self.n_draft_max == 0 or not self.costs.known:
             return [Choice(0, "")] * n
+        if self._uses_left > 0 and self._last[0] == sequences:
+            self._uses_left -= 1
+            return self._last[1]
         sources = [self._source(name, own, n) for name, own in sequences]
         gains = [
             self._gains(name, source) if source else []
             for (name, _), source in zip(sequences, sources, strict=True)
         ]
         lengths = self._best(gains, [not s.startswith(FREE) for s in sources])
-        if not any(lengths):
-            self._probe(lengths, sources)
-        return [Choice(k, s) for k, s in zip(lengths, sources, strict=True)]
+        probed = not any(lengths) and self._probe(lengths, sources)
+        choices = [Choice(k, s) for k, s in zip(lengths, sources, strict=True)]
+        self._last, self._uses_left = (list(sequences), choices), 0 if probed else min(n, USES - 1)
+        return choices
 
-    def _probe(self, lengths: list[int], sources: list[str]) -> None:
+    def _probe(self, lengths: list[int], sources: list[str]) -> bool:
         """One draft for one sequence, if there is time to spend on learning."""
         i = next((i for i, source in enumerate(sources) if source), None)
         if i is None:
-            return
+            return False
         n, costs = len(lengths), self.costs
         extra_s = costs.at(n, n + 1, int(not sources[i].startswith(FREE)), 1) - costs.at(n, n)
         if self._probe_s + extra_s <= PROBE_SHARE * self._total_s:
             self._probe_s += max(extra_s, 0.0)
             lengths[i] = 1
+            return True
+        return False
 
     def _best(self, gains: list[list[float]], modelled: list[bool]) -> list[int]:
         """Lengths of the best rate; `modelled` are those whose drafts need a draft round."""
-        n, at = len(gains), self.costs.at
+        n, pass_s, draft_s = len(gains), self.costs.pass_s, self.costs.draft_s
+        rest_s = self.costs.rest_s(n)
         # A gain is never larger than the one before it, so the order keeps each sequence's own.
         order = sorted((-g, j, i) for i, own in enumerate(gains) for j, g in enumerate(own))
         expected, n_drafting, depth, best_m = float(n), 0, 0, 0
-        best_rate = MARGIN * expected / at(n, n)
+        best_rate, round_s = MARGIN * expected / (pass_s(n) + rest_s), 0.0
         for m, (gain, j, i) in enumerate(order, 1):
             expected -= gain
-            if modelled[i]:
+            if modelled[i] and (j == 0 or j >= depth):
                 n_drafting += j == 0
                 depth = max(depth, j + 1)
-            rate = expected / at(n, n + m, n_drafting, depth)
+                round_s = draft_s(n_drafting, depth)
+            rate = expected / (pass_s(n + m) + round_s + rest_s)
             if rate > best_rate:
                 best_m, best_rate = m, rate
         lengths = [0] * n
@@ -174,19 +187,21 @@ class LengthController:
         for source in sources:
             if source != best:
                 self._shared_of(source).fade()
-                self._of(sequence, source).fade()
-                self._of(sequence, source).version = -1
+                own = self._of(sequence, source)
+                own.fade()
+                own.version = -1
         return best
 
     def _gains(self, sequence: str, source: str) -> list[float]:
         """Expected tokens that each further draft adds: it and all before it are kept."""
         own = self._of(sequence, source)
-        if own.version != self._version:
-            shared, reached, own.gains = self._shared_of(source), 1.0, []
+        shared = self._shared_of(source)
+        if own.version != shared.version and (own.version < 0 or own.tried[0] < OWN_ENOUGH):
+            reached, own.gains = 1.0, []
             for j in range(self.n_draft_max):
                 reached *= own.rate(j, shared.rate(j, PRIOR))
                 own.gains.append(reached)
-            own.version = self._version
+            own.version = shared.version
         return own.gains
 
     def _shared_of(self, source: str) -> Acceptance:

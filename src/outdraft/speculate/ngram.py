@@ -119,7 +119,7 @@ class NgramDrafter:
             return ()
         return (f"{self.name} {max((n for n in LONGER if n <= length), default=self.min_match)}",)
 
-    def use(self, chosen: Mapping[str, str]) -> None:
+    def use(self, chosen: Mapping[str, tuple[str, int]]) -> None:
         """See `ManySources`: there is no choice."""
 
     def continuation(self, sequence: SequenceView, k: int) -> list[int]:

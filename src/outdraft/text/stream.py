@@ -115,6 +115,8 @@ class StopStrings:
 
         The stop string itself and what follows it are dropped; push nothing after a match.
         """
+        if not self._stops:
+            return text, None
         text = self._held + text
         end, stop = min(
             ((found + len(stop), stop) for stop in self._stops if (found := text.find(stop)) >= 0),
