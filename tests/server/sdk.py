@@ -4,7 +4,6 @@ from functools import cache
 from typing import Any
 
 import anthropic
-import httpx
 import openai
 
 from outdraft.engine.engine import LLM, Completion
@@ -28,24 +27,24 @@ WEATHER = {
 
 
 def openai_of(live: Live, **options: Any) -> openai.OpenAI:
-    http = httpx.Client(trust_env=False)
+    http = openai.DefaultHttpxClient(trust_env=False)
     options = {"api_key": live.key or "none", "max_retries": 0, "http_client": http, **options}
     return openai.OpenAI(base_url=f"{live.url}/v1", **options)
 
 
 def async_openai_of(live: Live) -> openai.AsyncOpenAI:
-    http = httpx.AsyncClient(trust_env=False)
+    http = openai.DefaultAsyncHttpxClient(trust_env=False)
     return openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", http_client=http)
 
 
 def anthropic_of(live: Live, **options: Any) -> anthropic.Anthropic:
-    http = httpx.Client(trust_env=False)
+    http = anthropic.DefaultHttpxClient(trust_env=False)
     options = {"api_key": live.key or "none", "max_retries": 0, "http_client": http, **options}
     return anthropic.Anthropic(base_url=live.url, **options)
 
 
 def async_anthropic_of(live: Live) -> anthropic.AsyncAnthropic:
-    http = httpx.AsyncClient(trust_env=False)
+    http = anthropic.DefaultAsyncHttpxClient(trust_env=False)
     return anthropic.AsyncAnthropic(base_url=live.url, api_key="none", http_client=http)
 
 

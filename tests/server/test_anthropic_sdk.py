@@ -4,11 +4,12 @@ import asyncio
 from typing import Any
 
 import anthropic
+import openai
 import pytest
 from pydantic import BaseModel, Field
 
 from outdraft.server.responses import item_messages
-from tests.server.live import Live
+from tests.server.live import Live, live_server
 from tests.server.sdk import (
     MESSAGES,
     PROMPT,
@@ -16,10 +17,12 @@ from tests.server.sdk import (
     anthropic_of,
     async_anthropic_of,
     check_weather,
+    openai_of,
     python_says,
 )
 
 TOOL: Any = {"name": "weather", "description": "The weather.", "input_schema": WEATHER}
+GREEDY = {"temperature": 0}  # which newer versions of the SDK have no argument for
 ANY: Any = {"type": "any", "disable_parallel_tool_use": True}
 
 
@@ -34,21 +37,21 @@ def test_messages_say_what_python_says(live: Live) -> None:
     client = anthropic_of(live)
     expected = python_says(temperature=0, max_tokens=40)
     asked: Any = {"model": "demo", "max_tokens": 40, "messages": MESSAGES}
-    got = client.messages.create(temperature=0, **asked)
+    got = client.messages.create(extra_body=GREEDY, **asked)
     (block,) = got.content
     assert block.type == "text" and block.text == expected.text
     assert got.stop_reason == "max_tokens"
     assert got.usage.output_tokens == 40
     cached = got.usage.cache_read_input_tokens or 0
     assert got.usage.input_tokens + cached == len(expected.prompt_tokens)
-    sampled = client.messages.create(temperature=0.8, extra_body={"seed": 3}, **asked)
+    sampled = client.messages.create(extra_body={"temperature": 0.8, "seed": 3}, **asked)
     text = python_says(temperature=0.8, seed=3, max_tokens=40).text
     assert sampled.content[0].text == text  # type: ignore[union-attr]
 
 
 def test_content_in_blocks_and_a_system_text(live: Live) -> None:
     client = anthropic_of(live)
-    asked: Any = {"model": "demo", "max_tokens": 16, "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 16, "extra_body": GREEDY}
     whole = client.messages.create(system="Be brief.", messages=MESSAGES, **asked)
     blocks = client.messages.create(
         system=[{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
@@ -66,7 +69,7 @@ def test_content_in_blocks_and_a_system_text(live: Live) -> None:
 
 def test_events_of_a_message(live: Live) -> None:
     expected = python_says(temperature=0, max_tokens=12)
-    asked: Any = {"model": "demo", "max_tokens": 12, "messages": MESSAGES, "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 12, "messages": MESSAGES, "extra_body": GREEDY}
     events = list(anthropic_of(live).messages.create(stream=True, **asked))
     kinds = [e.type for e in events]
     assert list(dict.fromkeys(kinds)) == [
@@ -89,7 +92,7 @@ def test_events_of_a_message(live: Live) -> None:
 def test_stop_sequences(live: Live) -> None:
     text = python_says(temperature=0, max_tokens=40).text
     stop = text.strip().split()[1]
-    asked: Any = {"model": "demo", "max_tokens": 40, "messages": MESSAGES, "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 40, "messages": MESSAGES, "extra_body": GREEDY}
     got = anthropic_of(live).messages.create(stop_sequences=["never said", stop], **asked)
     assert (got.stop_reason, got.stop_sequence) == ("stop_sequence", stop)
     assert got.content[0].text == text[: text.index(stop)]  # type: ignore[union-attr]
@@ -98,7 +101,7 @@ def test_stop_sequences(live: Live) -> None:
 @pytest.mark.parametrize("choice", [ANY, {"type": "tool", "name": "weather"}], ids=["any", "tool"])
 def test_tools_and_their_results(live: Live, choice: Any) -> None:
     client = anthropic_of(live)
-    asked: Any = {"model": "demo", "max_tokens": 100, "tools": [TOOL], "temperature": 0}
+    asked: Any = {"model": "demo", "max_tokens": 100, "tools": [TOOL], "extra_body": GREEDY}
     got = client.messages.create(messages=MESSAGES, tool_choice=choice, **asked)
     (call,) = got.content
     assert call.type == "tool_use" and got.stop_reason == "tool_use"
@@ -133,7 +136,7 @@ def test_from_asyncio(live: Live) -> None:
             asked: Any = {"model": "demo", "max_tokens": 16, "messages": MESSAGES}
 
             async def one() -> str:
-                async with client.messages.stream(temperature=0, **asked) as stream:
+                async with client.messages.stream(extra_body=GREEDY, **asked) as stream:
                     return "".join([text async for text in stream.text_stream])
 
             return await asyncio.gather(*(one() for _ in range(4)))
@@ -175,6 +178,34 @@ def test_wrong_keys(keyed: Live) -> None:
             model="demo", max_tokens=1, messages=[{"role": "user", "content": "x" * (9 << 20)}]
         )
     assert caught.value.status_code == 413
+
+
+def test_busy_servers_and_unfair_clients() -> None:
+    """429 for a client with its share in use, 503 when all is, as the SDKs' own exceptions."""
+    options = ("--max-in-flight", "2", "--client-share", "0.5")
+    body: Any = {"prompt": "def", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    with live_server(*options, "--api-key", "one", "--api-key", "two") as live:
+
+        def hold(key: str) -> Any:
+            headers = {"Authorization": f"Bearer {key}"}
+            return live.client().stream("POST", "/v1/completions", json=body, headers=headers)
+
+        asked: Any = {"model": "demo", "max_tokens": 4, "messages": MESSAGES}
+        with hold("one"):
+            with pytest.raises(anthropic.RateLimitError) as limited:
+                anthropic_of(live, api_key="one").messages.create(**asked)
+            with pytest.raises(openai.RateLimitError) as also:
+                openai_of(live, api_key="one").chat.completions.create(**asked)
+            assert limited.value.response.headers["retry-after"] == "1"
+            assert also.value.response.headers["retry-after"] == "1"
+            with hold("two"):
+                with pytest.raises(anthropic.APIStatusError) as full:
+                    anthropic_of(live, api_key="two").messages.create(**asked)
+                with pytest.raises(openai.InternalServerError) as full_too:
+                    openai_of(live, api_key="two").responses.create(model="demo", input="x")
+        assert full.value.status_code == full_too.value.status_code == 503
+        error: Any = full.value.body
+        assert error["error"]["type"] == "overloaded_error"
 
 
 def test_items_become_messages() -> None:

@@ -88,9 +88,9 @@ def test_many_at_once_from_asyncio(live: Live) -> None:
                 if not stream:
                     whole = await client.chat.completions.create(temperature=0, **params)
                     return whole.choices[0].message.content or ""
-                async with client.chat.completions.stream(temperature=0, **params) as events:
-                    final = await events.get_final_completion()
-                return final.choices[0].message.content or ""
+                events = await client.chat.completions.create(temperature=0, stream=True, **params)
+                deltas = [e.choices[0].delta async for e in events if e.choices]
+                return "".join(d.content or "" for d in deltas)
 
             return await asyncio.gather(*(one(i % 2 == 0) for i in range(6)))
 

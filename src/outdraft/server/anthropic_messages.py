@@ -95,7 +95,8 @@ async def messages(request: Request, service: Service) -> Response:
     service.note_model(asked.model, visit)
     if asked.n not in (None, 1):
         raise bad_request("n is not supported here: an answer is one message", "n")
-    asked.stop = asked.stop_sequences
+    if asked.stop_sequences is not None:
+        asked.stop = asked.stop_sequences
     if asked.output_format is not None:
         asked.response_format = asked.output_format
     elif asked.output_config is not None and asked.output_config.format is not None:

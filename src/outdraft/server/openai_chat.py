@@ -106,6 +106,8 @@ def conversation(asked: ChatRequest, use: ToolUse, service: Service) -> Conversa
     options = dict(asked.chat_template_kwargs or {})
     if asked.reasoning_effort is not None:
         options.setdefault("reasoning_effort", asked.reasoning_effort)
+    if use.forced and service.dialect.reasoning is not None:
+        options.setdefault("enable_thinking", False)  # the grammar leaves no room for it
     return service.dialect.conversation(use, messages, options)
 
 

@@ -57,7 +57,9 @@ class IncrementalDetokenizer:
         if not self._tokenizer.has_text(token_id):
             if token_id not in self._shown:
                 return ""
-            return self.flush() + (self._tokenizer.id_to_token(token_id) or "")
+            text = self.flush()
+            self._end_run()
+            return text + (self._tokenizer.id_to_token(token_id) or "")
         self._pending.append(token_id)
         if self._tokenizer.is_byte(token_id):
             return ""
@@ -78,6 +80,15 @@ class IncrementalDetokenizer:
             self._n_shown = len(certain(self._tokenizer.decode(self._window)))
         self._pending = []
         return new
+
+    def _end_run(self) -> None:
+        """Let no run of byte tokens go on: its text is out, and more bytes would change it."""
+        if not any(self._tokenizer.is_byte(token) for token in self._window):
+            return
+        window = [token for token in self._window if not self._tokenizer.is_byte(token)]
+        # any token does: the context only says that what follows is not the first of the text
+        self._window = window or self._tokenizer.encode("a", add_special_tokens=False)
+        self._n_shown = len(self._tokenizer.decode(self._window))
 
     def _shown_of_prompt(self) -> int:
         """Length of the window's text that belongs to the prompt."""

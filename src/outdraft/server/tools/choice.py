@@ -172,11 +172,15 @@ class Dialect:
         params = replace(params, show_token_ids=self.marker_ids(use))
         strict = use.offered and any(tool.strict for tool in use.tools)
         given = params.grammar_options
-        thinking = self.reasoning if self.reasons(prompt_tokens) else None
+        # with a budget for thinking the engine keeps grammars out of the block itself
+        opened = params.max_thinking_tokens is None and self.reasons(prompt_tokens)
+        thinking = self.reasoning if opened else None
         bound = use.forced or strict or not use.parallel or bool(given)
-        if not use.offered or not bound:
+        if (not use.offered or not bound) and not (thinking and given):
             return params
         if given and given[0] not in ("json_schema", "json_object"):
+            if not use.offered:
+                return params
             raise bad_request(f"{given[0]} and tools cannot be given together", "tools")
         try:
             grammar = self._grammar(use, params, thinking)
@@ -190,11 +194,12 @@ class Dialect:
         make = CallGrammar(self.format, use.tools, self.special_id, parallel=use.parallel)
         if use.forced:
             return make.required(thinking)
-        if params.json_object:
-            return make.or_json({"type": "object"}, thinking)
-        if params.json_schema is not None:
-            return make.or_json(_loads(str(params.json_schema)), thinking)
-        return make.or_text(thinking)
+        if params.json_schema is None and not params.json_object:
+            return make.or_text(thinking)
+        schema = {"type": "object"} if params.json_object else _loads(str(params.json_schema))
+        if not use.offered:
+            return make.only_json(schema, thinking)
+        return make.or_json(schema, thinking)
 
     def conversation(
         self, use: ToolUse, messages: Sequence[dict[str, Any]], options: dict[str, Any]

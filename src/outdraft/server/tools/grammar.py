@@ -35,7 +35,7 @@ class CallGrammar:
 
     Args:
         name: of the format.
-        tools: that may be called, at least one.
+        tools: that may be called.
         token_id: tells which markers are single tokens.
         parallel: several calls may follow one another.
     """
@@ -66,6 +66,11 @@ class CallGrammar:
             return self._text(f"{before}calls")
         self._rules["answer"] = _json(schema)
         return self._text(f"{before}(calls | answer)")
+
+    def only_json(self, schema: Any, thinking: ReasoningFormat | None) -> str:
+        """The answer is JSON of a schema, and no call."""
+        self._rules["calls"] = _json(schema)
+        return self._text(f"{self._thinking(thinking)}calls")
 
     def _either(self, schema: Any) -> str:
         """Where a call is a JSON object without a marker, it is one of several schemas."""
