@@ -10,11 +10,13 @@ from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import TARGETS, Target, choose_ops, open_weights, packing
 from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.draft_model import ModelPass, load_draft_model
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
+from outdraft.speculate.mtp import find_head, load_head
 from outdraft.speculate.ngram import NgramDrafter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config, read_json
@@ -22,6 +24,7 @@ from outdraft.weights.find import find_assistant, resolve_model
 from outdraft.weights.loading import Loading
 
 MODEL_DRAFTS = 4  # of a draft model, where --spec-draft-n-max is not given
+HEAD_DRAFTS = 3  # of a native head
 NGRAM_DRAFTS = 8  # the most a step where --spec-draft-n-max is not given
 
 
@@ -71,6 +74,12 @@ def build_drafter(
         raise PairingError(
             "no draft model is given", "name a smaller model of the same tokenizer: --assistant DIR"
         )
+    if isinstance(target.config, Qwen35Config) and config.spec_type in ("auto", "mtp"):
+        return _native_head(target, target.config, config, loading)
+    if config.spec_type == "mtp":
+        raise PairingError(
+            f"{target.path} is of a family without MTP heads", "use --spec-type auto"
+        )
     if not isinstance(target.config, Gemma4Config):
         if config.assistant is None and config.spec_type == "auto":
             return Pairing(None, "drafting is off: no drafter was given (--assistant DIR)")
@@ -93,6 +102,18 @@ def build_drafter(
         if asked:
             raise
         return Pairing(None, f"drafting is off: {choice.path}: {error.message}", choice.path)
+
+
+def _native_head(
+    target: Target, shape: Qwen35Config, config: EngineConfig, loading: Loading | None
+) -> Pairing:
+    """The head in the target's own checkpoint."""
+    reason = find_head(target.path, shape)
+    if reason is not None and config.spec_type == "auto":
+        return Pairing(None, f"drafting is off: there is no MTP head: {reason}")
+    n_max = _first(config.draft_n, config.draft_n_max, HEAD_DRAFTS)
+    head = load_head(target, config, n_max, loading)
+    return Pairing(head, f"{head.name}: the head in the checkpoint", target.path, n_max)
 
 
 def read_assistant_config(path: Path) -> AssistantConfig:
