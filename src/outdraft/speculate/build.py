@@ -64,16 +64,8 @@ def build_drafter(
     if config.spec_type == "ngram":
         n_max = _first(config.draft_n, config.draft_n_max, NGRAM_DRAFTS)
         return Pairing(NgramDrafter(), "ngram: drafts from the text itself", None, n_max)
-    if config.assistant is not None and config.spec_type in ("auto", "draft-model"):
-        path = resolve_model(config.assistant)
-        if read_config(path).get("model_type") in TARGETS:
-            n_max = _first(config.draft_n, config.draft_n_max, MODEL_DRAFTS)
-            model = load_draft_model(target, path, config, make_pass, n_max, loading)
-            return Pairing(model, f"{model.name}: named by you", path, n_max)
-    if config.spec_type == "draft-model":
-        raise PairingError(
-            "no draft model is given", "name a smaller model of the same tokenizer: --assistant DIR"
-        )
+    if (pairing := _draft_model(target, config, make_pass, loading)) is not None:
+        return pairing
     if isinstance(target.config, Qwen35Config) and config.spec_type in ("auto", "mtp"):
         return _native_head(target, target.config, config, loading)
     if config.spec_type == "mtp":
@@ -102,6 +94,26 @@ def build_drafter(
         if asked:
             raise
         return Pairing(None, f"drafting is off: {choice.path}: {error.message}", choice.path)
+
+
+def _draft_model(
+    target: Target,
+    config: EngineConfig,
+    make_pass: Callable[[Target, Memory], ModelPass],
+    loading: Loading | None,
+) -> Pairing | None:
+    """A whole model that was named as the drafter, if one was."""
+    if config.assistant is not None and config.spec_type in ("auto", "draft-model"):
+        path = resolve_model(config.assistant)
+        if read_config(path).get("model_type") in TARGETS:
+            n_max = _first(config.draft_n, config.draft_n_max, MODEL_DRAFTS)
+            model = load_draft_model(target, path, config, make_pass, n_max, loading)
+            return Pairing(model, f"{model.name}: named by you", path, n_max)
+    if config.spec_type == "draft-model":
+        raise PairingError(
+            "no draft model is given", "name a smaller model of the same tokenizer: --assistant DIR"
+        )
+    return None
 
 
 def _native_head(
