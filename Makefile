@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-asan prove lint format types docs bench clean
+.PHONY: help setup browser demo demo-server test test-asan prove lint format types docs bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,11 +23,17 @@ $(VENV)/.ready: $(VENV)/.venv-made pyproject.toml CMakeLists.txt $(shell find cs
 
 setup: $(VENV)/.ready  ## make the virtual environment, compile, install
 
+browser: # Chromium, for the tests of the page
+	@scripts/find_browser.sh >/dev/null
+
 demo: setup      ## run the built-in model: coloured drafts, then a short benchmark
 	$(BIN)/outdraft generate demo --max-tokens 160 </dev/null
 	$(BIN)/outdraft bench demo --prompts 2 --max-tokens 64
 
-test: setup      ## everything that must hold, in minutes
+demo-server: setup  ## serve the built-in model and its page at http://127.0.0.1:8080
+	$(BIN)/outdraft serve demo
+
+test: setup browser ## everything that must hold, in minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/pytest -n 2
 
@@ -37,8 +43,8 @@ test-asan: setup ## the kernels' tests with the address and undefined-behaviour 
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/asan_tests.py build/asan
 
-prove: setup     ## the slow proofs
-	$(BIN)/pytest -m prove
+prove: setup browser ## the slow proofs
+	$(BIN)/pytest -m prove -n 2 --durations=15
 
 lint: setup      ## style and types only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

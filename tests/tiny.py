@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from outdraft.models import gemma4, gemma4_assistant
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models import gemma4_assistant, mtp
+from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.registry import family_of
 from outdraft.weights.load import ExpectedTensor
 
 VOCAB = 512
@@ -81,9 +83,92 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+MINISTRAL3: dict[str, Any] = {
+    "architectures": ["Ministral3ForCausalLM"],
+    "model_type": "ministral3",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    # an original context that the tests' prompts run past
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "max_position_embeddings": 1024,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+    "tie_word_embeddings": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+
+QWEN35: dict[str, Any] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+    },
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ministral3": MINISTRAL3,
+    "qwen3_5": QWEN35,
+    "qwen3_5_moe": QWEN35
+    | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+    },
+}
+
+
 def target_config(shape: str = "plain", **changes: Any) -> dict[str, Any]:
     """config.json of a tiny target."""
-    return json.loads(json.dumps(_BASE | SHAPES[shape] | changes))
+    base = OTHERS[shape] if shape in OTHERS else _BASE | SHAPES[shape]
+    return json.loads(json.dumps(base | changes))
 
 
 def assistant_config(target: dict[str, Any], *, ordered: bool = False) -> dict[str, Any]:
@@ -138,7 +223,8 @@ def random_tensors(
 
 def target_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Random weights of a target, canonical names."""
-    return random_tensors(gemma4.expected_tensors(Gemma4Config.from_hf(config)), seed)
+    family = family_of(config, Path("tiny"))
+    return random_tensors(family.expected_tensors(family.read_config(config)), seed)
 
 
 def assistant_weights(config: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
@@ -194,6 +280,30 @@ def tiny_target(path: Path, shape: str = "plain", *, seed: int = 0, **changes: A
     return write_model(path, config, target_weights(config, seed))
 
 
+def int4_target(path: Path, source: Path, group: int = 32) -> Path:
+    """The target at `source` with its layers' matrices packed to int4 (compressed-tensors)."""
+    config = json.loads((source / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights | {"group_size": group}}},
+    }
+    tensors = {}
+    for name, x in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = x
+            continue
+        grouped = x.float().unflatten(1, (-1, group))
+        scales = grouped.abs().amax(2) / 7
+        codes = ((grouped / scales[..., None]).round() + 8).long().flatten(1).unflatten(1, (-1, 8))
+        words = sum(codes[..., i] << (4 * i) for i in range(8))
+        tensors[f"{name}_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        tensors[f"{name}_scale"] = scales
+        tensors[f"{name}_shape"] = torch.tensor(x.shape)
+    return write_model(path, config, tensors, prefix="")
+
+
 def tiny_assistant(
     path: Path, target: Path, *, ordered: bool = False, seed: int = 1, **changes: Any
 ) -> Path:
@@ -203,3 +313,13 @@ def tiny_assistant(
     return write_model(
         path, config, assistant_weights(config, seed), generation={"num_assistant_tokens": 4}
     )
+
+
+def tiny_hybrid(path: Path, shape: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> Path:
+    """A tiny random Qwen 3.5 with a native head, in the layout of the published checkpoints."""
+    config = target_config(shape, mtp_num_hidden_layers=1, **changes)
+    shapes = mtp.expected_tensors(Qwen35Config.from_hf(config))
+    head = {f"mtp.{name}": t for name, t in random_tensors(shapes, seed + 1).items()}
+    body = target_weights(config, seed)
+    named = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in body.items()}
+    return write_model(path, config, named | head, prefix="")

@@ -18,25 +18,6 @@ namespace {
 constexpr int64_t kSerialElements = 8192;
 constexpr int64_t kSerialActivations = 1024;  // an exponential each
 
-using Addr = uintptr_t;
-
-// Run `calls` now or add them to `program`.
-void submit(Program* program, std::initializer_list<Call> calls) {
-  if (program) {
-    for (const Call& call : calls) program->add(call);
-    return;
-  }
-  Program once;
-  for (const Call& call : calls) once.add(call);
-  nb::gil_scoped_release release;
-  once.replay();
-}
-
-template <class Args>
-void submit(Program* program, Kernel<Args> kernel, const Args& args, bool serial) {
-  submit(program, {Call::make(kernel, args, serial)});
-}
-
 bool small(int64_t rows, int64_t k) { return rows == 1 || rows * k <= kSerialElements; }
 
 int64_t prepared_bytes(const Weight& w, int64_t rows) {
@@ -155,12 +136,26 @@ void softcap(Program* program, const Matrix& x, float cap, int rows, int n) {
   submit(program, kernels().softcap, args, static_cast<int64_t>(rows) * n <= kSerialActivations);
 }
 
-void argmax(Program* program, const Matrix& x, Addr ids, Addr chosen, int block, Addr out, int rows,
-            int n) {
-  const ArgmaxArgs args{x,     pointer<const int32_t>(ids), pointer<const int32_t>(chosen),
-                        block, pointer<int32_t>(out),       rows,
+void argmax(Program* program, const Matrix& x, Addr ids, Addr chosen, int block, Addr out,
+            Addr probability, int rows, int n) {
+  const ArgmaxArgs args{x,
+                        pointer<const int32_t>(ids),
+                        pointer<const int32_t>(chosen),
+                        block,
+                        pointer<int32_t>(out),
+                        pointer<float>(probability),
+                        rows,
                         n};
   submit(program, kernels().argmax, args, small(rows, n));
+}
+
+void scatter_blocks(Program* program, const Matrix& x, Addr ids, Addr chosen, int block, int count,
+                    const Matrix& out, int rows, int n) {
+  const ScatterArgs args{
+      x,   pointer<const int32_t>(ids), pointer<const int32_t>(chosen), block, count,
+      out, rows,                        n};
+  submit(program, kernels().scatter_blocks, args,
+         static_cast<int64_t>(rows) * n <= kSerialElements);
 }
 
 void top(Program* program, const Matrix& x, Addr ids, Addr weights, Addr per_expert, int count,
@@ -209,8 +204,10 @@ void bind_kernels(nb::module_& m) {
   m.def("embed", &embed, program, "weight"_a, "token"_a, "out"_a, "scale"_a, "rows"_a);
   m.def("copy_rows", &copy_rows, program, "x"_a, "row"_a, "out"_a, "rows"_a, "k"_a);
   m.def("softcap", &softcap, program, "x"_a, "cap"_a, "rows"_a, "n"_a);
-  m.def("argmax", &argmax, program, "x"_a, "ids"_a, "chosen"_a, "block"_a, "out"_a, "rows"_a,
-        "n"_a);
+  m.def("argmax", &argmax, program, "x"_a, "ids"_a, "chosen"_a, "block"_a, "out"_a,
+        "probability"_a, "rows"_a, "n"_a);
+  m.def("scatter_blocks", &scatter_blocks, program, "x"_a, "ids"_a, "chosen"_a, "block"_a,
+        "count"_a, "out"_a, "rows"_a, "n"_a);
   m.def("top", &top, program, "x"_a, "ids"_a, "weights"_a, "per_expert"_a, "count"_a, "rows"_a,
         "n"_a);
   m.def("combine", &combine, program, "x"_a, "weights"_a, "out"_a, "count"_a, "rows"_a, "k"_a);

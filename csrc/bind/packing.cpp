@@ -65,6 +65,7 @@ void bind_structs(nb::module_& m) {
 
 void bind_packing(nb::module_& m) {
   bind_structs(m);
+  m.def("packed_layout", [] { return kPackedLayout; });
   using release = nb::call_guard<nb::gil_scoped_release>;
   m.def(
       "pack_floats",

@@ -55,7 +55,7 @@ struct NormArgs {
 
 constexpr int64_t kMaxNormWidth = kScratchBytes / 4;
 
-// RMS norm over each head of a row, then rotation of pairs (i, i + dim / 2); written to `out`, or
+// RMS norm over each head of a row (eps < 0: none), then rotation of pairs (i, i + dim / 2); written to `out`, or
 // into pages of keys or values.
 struct HeadNormArgs {
   Matrix x;             // [rows, n_heads * dim]
@@ -75,7 +75,7 @@ struct HeadNormArgs {
   int32_t dim;  // a multiple of 16, of 32 with rotation
 };
 
-enum class Activation : int32_t { gelu_tanh = 0, silu = 1 };
+enum class Activation : int32_t { gelu_tanh = 0, silu = 1, sigmoid = 2 };
 
 struct GatedArgs {  // out = activation(gate) * up
   Matrix gate;
@@ -113,12 +113,28 @@ struct SoftcapArgs {  // x = tanh(x / cap) * cap in place, fp32
 // `ids`, whose negative entries are padding and never win, ids[i]. With `chosen` too, values come
 // in blocks, and block b of row t belongs to block chosen[t][b] of `ids` (a head of which only the
 // likeliest clusters are computed).
+// probability (may be null): what softmax over the values of the row gives the largest; ids then
+// have no padding.
 struct ArgmaxArgs {
   Matrix x;  // fp32
   const int32_t* ids;
   const int32_t* chosen;
   int32_t block;
   int32_t* out;
+  float* probability;
+  int32_t rows;
+  int32_t n;
+};
+
+// out[t][id] = the value of x that belongs to it, -inf where there is none. Row t of x has the
+// values of `count` blocks, in order: block chosen[t][c] has the ids at ids[chosen[t][c] * block].
+struct ScatterArgs {
+  Matrix x;  // fp32 [rows, count * block]
+  const int32_t* ids;
+  const int32_t* chosen;  // [rows, count]
+  int32_t block;
+  int32_t count;
+  Matrix out;  // fp32 [rows, n]
   int32_t rows;
   int32_t n;
 };

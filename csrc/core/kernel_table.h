@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/recurrent_args.h"
 #include "core/types.h"
 
 namespace outdraft {
@@ -21,9 +22,13 @@ struct KernelTable {
   Kernel<CopyRowsArgs> copy_rows;
   Kernel<SoftcapArgs> softcap;
   Kernel<ArgmaxArgs> argmax;
+  Kernel<ScatterArgs> scatter_blocks;
   Kernel<TopArgs> top;
   Kernel<GroupPairsArgs> group_pairs;
   Kernel<CombineArgs> combine;
+  Kernel<ConvArgs> short_conv;
+  Kernel<DeltaArgs> delta_rule;
+  Kernel<GatedNormArgs> gated_norm;
   Kernel<ReadArgs> read_all;
 };
 

@@ -14,6 +14,10 @@
 
 namespace outdraft {
 
+// The layout above, for files of packed weights: a new name for every change of what packing
+// writes. All instruction sets read the same layout.
+constexpr const char* kPackedLayout = "panels of 16, 1";
+
 // Rows [first, first + n) of a weight.
 struct RowRange {
   int64_t first;

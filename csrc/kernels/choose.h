@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "kernels/heads.h"
 #include "kernels/rows.h"
 
 namespace outdraft::OUTDRAFT_ISA {
@@ -17,7 +18,7 @@ static inline bool better(float value, int32_t id, const Best& best) {
   return value > best.value || (value == best.value && id < best.id);
 }
 
-static inline int32_t largest_in_order(const float* x, int64_t n) {
+static inline Best largest_in_order(const float* x, int64_t n) {
   int32_t lane_ids[16];
   for (int32_t i = 0; i < 16; ++i) lane_ids[i] = i;
   I id = load_i(lane_ids), best_id = id;
@@ -35,10 +36,10 @@ static inline int32_t largest_in_order(const float* x, int64_t n) {
     if (better(values[lane], lane_ids[lane], all)) all = {values[lane], lane_ids[lane]};
   for (; i < n; ++i)
     if (better(x[i], static_cast<int32_t>(i), all)) all = {x[i], static_cast<int32_t>(i)};
-  return all.id;
+  return all;
 }
 
-static inline int32_t largest_with_ids(const ArgmaxArgs& a, int64_t row, const float* x) {
+static inline Best largest_with_ids(const ArgmaxArgs& a, int64_t row, const float* x) {
   Best best = {-__builtin_inff(), INT32_MAX};
   for (int64_t begin = 0; begin < a.n; begin += a.block) {
     const int64_t block =
@@ -47,14 +48,16 @@ static inline int32_t largest_with_ids(const ArgmaxArgs& a, int64_t row, const f
     for (int64_t i = 0; i < a.block; ++i)
       if (ids[i] >= 0 && better(x[begin + i], ids[i], best)) best = {x[begin + i], ids[i]};
   }
-  return best.id;
+  return best;
 }
 
 static void argmax(const ArgmaxArgs& a, const Worker& worker) {
   const Range rows = share(a.rows, worker);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const auto* x = reinterpret_cast<const float*>(at(a.x, row, 0));
-    a.out[row] = a.ids ? largest_with_ids(a, row, x) : largest_in_order(x, a.n);
+    const Best best = a.ids ? largest_with_ids(a, row, x) : largest_in_order(x, a.n);
+    a.out[row] = best.id;
+    if (a.probability) a.probability[row] = probability_of_largest(x, a.n, best.value);
   }
 }
 

@@ -88,10 +88,12 @@ static void head_norm(const HeadNormArgs& a, const Worker& worker) {
   for (int64_t item = heads.begin; item < heads.end; ++item) {
     const int64_t row = item / a.n_heads, head = item % a.n_heads;
     for (int64_t i = 0; i < a.dim; i += 16) store(y + i, load_at(a.x, row, head * a.dim + i, 16));
-    const float inverse = inverse_rms(y, a.dim, a.eps);
-    for (int64_t i = 0; i < a.dim; i += 16) {
-      const F lanes = mul(load(y + i), set1(inverse));
-      store(y + i, a.weight ? mul(lanes, load(a.weight + i)) : lanes);
+    if (a.eps >= 0.0f) {
+      const float inverse = inverse_rms(y, a.dim, a.eps);
+      for (int64_t i = 0; i < a.dim; i += 16) {
+        const F lanes = mul(load(y + i), set1(inverse));
+        store(y + i, a.weight ? mul(lanes, load(a.weight + i)) : lanes);
+      }
     }
     if (a.cos) rotate(a, row, y);
     if (!a.out.data) {

@@ -4,6 +4,7 @@
 #include "core/kernel_table.h"
 #include "kernels/attention.h"
 #include "kernels/choose.h"
+#include "kernels/heads.h"
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/pointwise.h"
@@ -11,6 +12,7 @@
 #ifdef OUTDRAFT_TILES
 #include "kernels/tiles.h"
 #endif
+#include "kernels/recurrent.h"
 
 namespace outdraft::OUTDRAFT_ISA {
 
@@ -31,9 +33,13 @@ const KernelTable& table() {
       .copy_rows = copy_rows,
       .softcap = softcap,
       .argmax = argmax,
+      .scatter_blocks = scatter_blocks,
       .top = top,
       .group_pairs = group_pairs,
       .combine = combine,
+      .short_conv = short_conv,
+      .delta_rule = delta_rule,
+      .gated_norm = gated_norm,
       .read_all = read_all,
   };
   return all;

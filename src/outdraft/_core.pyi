@@ -47,6 +47,7 @@ class KvPages:
         head_dim: int,
     ) -> None: ...
 
+def packed_layout() -> str: ...
 def pack_floats(weight: Weight, rows: Matrix, first: int, n: int, candidates: int) -> None: ...
 def pack_w8(weight: Weight, rows: int, stride: int, scales: int, first: int, n: int) -> None: ...
 def pack_w4(
@@ -141,6 +142,18 @@ def argmax(
     chosen: int,
     block: int,
     out: int,
+    probability: int,
+    rows: int,
+    n: int,
+) -> None: ...
+def scatter_blocks(
+    program: Program | None,
+    x: Matrix,
+    ids: int,
+    chosen: int,
+    block: int,
+    count: int,
+    out: Matrix,
     rows: int,
     n: int,
 ) -> None: ...
@@ -158,3 +171,45 @@ def combine(
     program: Program | None, x: Matrix, weights: int, out: Matrix, count: int, rows: int, k: int
 ) -> None: ...
 def read_all(data: int, bytes: int) -> None: ...
+def short_conv(
+    program: Program | None,
+    x: Matrix,
+    out: Matrix,
+    weight: int,
+    state: int,
+    sequence: int,
+    read: int,
+    write: int,
+    rows: int,
+    channels: int,
+    width: int,
+) -> None: ...
+def delta_rule(
+    program: Program | None,
+    qkv: Matrix,
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    decay: int,
+    bias: int,
+    state: int,
+    sequence: int,
+    read: int,
+    write: int,
+    rows: int,
+    n_k_heads: int,
+    n_v_heads: int,
+    k_dim: int,
+    v_dim: int,
+) -> None: ...
+def gated_norm(
+    program: Program | None,
+    x: Matrix,
+    gate: Matrix,
+    out: Matrix,
+    weight: int,
+    eps: float,
+    rows: int,
+    n_heads: int,
+    dim: int,
+) -> None: ...

@@ -5,8 +5,11 @@ from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
 
-SpecType = Literal["auto", "off", "gemma4-assistant", "ngram", "ngram+gemma4-assistant"]
+SpecType = Literal[
+    "auto", "off", "gemma4-assistant", "draft-model", "mtp", "ngram", "ngram+gemma4-assistant"
+]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
 KvDType = Literal["bf16", "int8", "fp32"]
@@ -16,6 +19,7 @@ DEFAULT_CTX_SIZE = 8192
 
 CHOICES = (
     ("spec_type", SpecType),
+    ("device", Device),
     ("backend", Backend),
     ("dtype", DType),
     ("quant", Quant),
@@ -29,7 +33,9 @@ class EngineConfig:
 
     Attributes:
         spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
-            repeats the text itself; `ngram+gemma4-assistant` does where a long match is found.
+            repeats the text itself, `ngram+gemma4-assistant` does where a long match is found;
+            `draft-model` is a smaller model of the same tokenizer, named by `assistant`; `mtp` is
+            the head in the checkpoint.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
@@ -37,6 +43,8 @@ class EngineConfig:
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token. Requests with a seed take the most probable one where
             the length is chosen, so that measured times do not change their text.
+        device: `cuda` is one GPU through Triton; `auto` takes a GPU that can be used, unless a
+            backend or a dtype is asked for.
         backend: `cpu` is the compiled kernels, `reference` plain PyTorch; `auto` takes the kernels
             unless a dtype is asked for, which only the reference has.
         dtype: of the reference's weights and activations; `auto` is the checkpoint's.
@@ -52,6 +60,10 @@ class EngineConfig:
             of `ctx_size` always fits.
         prefix_cache: keep keys and values for later prompts that begin alike.
         threads: CPU threads; None leaves PyTorch's choice.
+        cache_dir: where the kernels' packed weights are kept for the next start; None: nowhere.
+        cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.
+        cache_max_gb: of all files there, in 10^9 bytes; the least recently used are removed. None
+            is no limit.
 
     Raises:
         OutdraftError: a value is outside its range.
@@ -62,6 +74,7 @@ class EngineConfig:
     draft_n_max: int | None = None
     draft_n: int | None = None
     sample_drafts: bool = True
+    device: Device = "auto"
     backend: Backend = "auto"
     dtype: DType = "auto"
     quant: Quant = "auto"
@@ -73,6 +86,9 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     threads: int | None = None
+    cache_dir: str | None = None
+    cache_min_mb: int = 0
+    cache_max_gb: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES:
@@ -88,6 +104,8 @@ class EngineConfig:
             ("prefill_chunk", 1, 2**20),
             ("kv_cache_tokens", 1, 2**40),
             ("threads", 1, 4096),
+            ("cache_min_mb", 0, 2**40),
+            ("cache_max_gb", 0, 2**40),
         ):
             number = getattr(self, name)
             if number is not None and not low <= number <= high:

@@ -70,7 +70,7 @@ def test_transformers_beside_us_computes_the_same(pair: Path, tmp_path: Path) ->
     path = tmp_path / "bench.json"
     result = small(pair, "--json", path, "--peer", "transformers", "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
-    peer = json.loads(path.read_text())["peer"]
+    peer = json.loads(path.read_text())["peers"]["transformers"]
     assert peer["name"] == "transformers" and peer["version"] and peer["patched"]
     assert set(peer["kinds"]) == {"code", "json", "prose", "repetition"}
     assert peer["overall"]["its_plain_equals_ours"] == "4 of 4"

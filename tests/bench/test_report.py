@@ -87,7 +87,16 @@ def test_a_peer_beside_us() -> None:
             made.append(Run("its plain", kind, prompt, repeat, result(2.0)))
             odd = int(kind == "code" and repeat == 1)
             made.append(Run("its assisted", kind, prompt, repeat, result(4.0, tokens=odd)))
-    found = compare_peer(made, "its plain", "its assisted")
+            made.append(Run("its other", kind, prompt, repeat, result(1.6)))
+    found = compare_peer(made, "its plain", ["its other", "its assisted"])
+    assert found["assisted"] == found["best"] == "its other"
+    assert found["arms"]["its assisted"]["equals_its_plain"] == "4 of 6"
+    assert found["arms"]["its other"]["equals_its_plain"] == "6 of 6"
+    assert found["arms"]["its other"]["speedup"] == pytest.approx(2 / 1.6)
+    assert found["overall"]["ours_drafting_over_its_best"] == pytest.approx(1.2)  # of 4.8, 1.6, 0.8
+    found = compare_peer(made, "its plain", ["its assisted"])
+    assert found["best"] == "its plain"  # drafting does not pay there
+    assert found["overall"]["ours_drafting_over_its_best"] == pytest.approx(1.5)
     code = found["kinds"]["code"]
     assert code["plain_tok_s"] == pytest.approx(5) and code["assisted_tok_s"] == pytest.approx(2.5)
     assert code["assisted_speedup"] == pytest.approx(0.5)

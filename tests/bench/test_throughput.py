@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from outdraft.bench.arms import random_requests
 from outdraft.bench.throughput import Answered, Asked, Run, answer_all, percentile, summarise
 from outdraft.cli.main import app
 from outdraft.config import EngineConfig
@@ -100,3 +101,27 @@ def test_the_command_writes_report_and_chart(pair: tuple[Path, Path], tmp_path: 
 def test_a_wrong_concurrency_is_refused(pair: tuple[Path, Path]) -> None:
     done = CliRunner().invoke(app, ["bench", "throughput", str(pair[0]), "--concurrency", "0,x"])
     assert done.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arm", [["--drafter", "random"], ["--drafter", "ngram", "--text", "edits"]]
+)
+def test_other_drafters_and_texts_give_the_same_tokens(
+    pair: tuple[Path, Path], tmp_path: Path, arm: list[str]
+) -> None:
+    file = tmp_path / "report.json"
+    command = ["bench", "throughput", str(pair[0]), "--assistant", str(pair[1]), *FAST, *arm]
+    done = CliRunner().invoke(app, [*command, "--spec-draft-n-max", "2", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    report = json.loads(file.read_text())
+    assert report["identical"] and report["settings"]["drafts"] == arm[1]
+    assert {row["mode"] for row in report["rows"]} >= {"plain", "controller"}
+
+
+def test_random_prompts_are_of_the_vocabulary(pair: tuple[Path, Path]) -> None:
+    config = EngineConfig(assistant=str(pair[1]), max_sequences=2, threads=1)
+    with LLM(str(pair[0]), config) as llm:
+        asked = random_requests(llm, 5, 8, seed=1)
+        assert asked == random_requests(llm, 5, 8, seed=1) != random_requests(llm, 5, 8, seed=2)
+        _, answers = answer_all(llm, asked, 2)
+    assert all(2 <= len(a.tokens) <= 8 for a in answers)

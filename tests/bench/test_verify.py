@@ -14,14 +14,19 @@ from outdraft.bench.verify_runs import Ladder
 from outdraft.cache.books import PageBooks
 from outdraft.cli.main import app
 from outdraft.config import EngineConfig
+from outdraft.engine import decide
 from outdraft.engine.engine import LLM
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.ops.reference import ReferenceOps
 from outdraft.speculate import verify as rule
+from outdraft.speculate.verify import Verdict, block_residual
 from tests import tiny
 
-ALL = ["rows", "greedy", "batch", "chunks", "prefix", "preemption", "seeded", "distribution"]
+ALL = [
+    *("rows", "greedy", "drafters", "batch", "chunks"),
+    *("prefix", "preemption", "seeded", "distribution"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,9 @@ def test_without_a_drafter_drafting_is_skipped_and_the_rest_runs(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = climb(load(pair, spec_type="off"), ALL, monkeypatch)
-    assert outcome(report) == dict.fromkeys(ALL, True) | {"greedy": None}, report["rungs"]
+    assert outcome(report) == dict.fromkeys(ALL, True) | {"greedy": None, "drafters": None}, report[
+        "rungs"
+    ]
     skipped = next(rung for rung in report["rungs"] if rung["passed"] is None)
     assert skipped["detail"] == "skipped: drafting is off: --spec-type off"
     assert report["passed"]
@@ -72,9 +79,9 @@ def test_a_stale_row_after_a_rejection_fails_the_greedy_rung(
 ) -> None:
     keep = Runner._keep_rows
 
-    def forgetful(self: Runner, sequence: Any, rows_H: Tensor, n_kept: int) -> None:
-        keep(self, sequence, rows_H, n_kept)
-        if rows_H.shape[0] > n_kept:  # the next row is written one slot too far
+    def forgetful(self: Runner, sequence: Any, n_rows: int, n_kept: int) -> None:
+        keep(self, sequence, n_rows, n_kept)
+        if n_rows > n_kept:  # the next row is written one slot too far
             store = next(iter(self.memory.groups["full_attention"].layers.values()))
             store.k_PGSD.copy_(store.k_PGSD.roll(1, dims=2))
 
@@ -100,14 +107,25 @@ def test_a_linear_that_depends_on_other_rows_fails_the_rows_rung(
     assert "of a call of 2 rows" in report["rungs"][0]["detail"]
 
 
-def whole_p(draft_id: int, q_V: Tensor | None, p_V: Tensor) -> Tensor:
-    return p_V.double()
+def test_a_drafter_whose_drafts_are_not_verified_fails_its_rung(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trusting(drafts: Any, draw: Any) -> Verdict:
+        return Verdict(len(drafts), draw(len(drafts)))
+
+    monkeypatch.setattr(decide, "verify_own", trusting)
+    report = climb(load(pair), ["rows", "drafters"], monkeypatch)
+    assert outcome(report) == {"rows": True, "drafters": False}
+
+
+def whole_p(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, float]:
+    return p_V, block_residual(share, q_V, p_V)[1]
 
 
 def test_a_wrong_residual_fails_the_distribution_rung(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rule, "residual", whole_p)
+    monkeypatch.setattr(rule, "block_residual", whole_p)
     report = climb(load(pair), ["greedy", "distribution"], monkeypatch)
     assert outcome(report) == {"greedy": True, "distribution": False}
     assert "the rule's distribution" in report["rungs"][1]["detail"]
@@ -121,10 +139,11 @@ def test_samples_of_the_model_show_a_wrong_residual_too(
     llm.set_draft_n_max(3)
     assert verify_sampling.check_samples(llm, prompt).problem is None
 
-    def always_zero(draft_id: int, q_V: Tensor | None, p_V: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(p_V.argmax(), len(p_V)).double()
+    def always_best(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, float]:
+        best_V = torch.nn.functional.one_hot(p_V.argmax(), len(p_V)).double()
+        return best_V, block_residual(share, q_V, p_V)[1]
 
-    monkeypatch.setattr(rule, "residual", always_zero)
+    monkeypatch.setattr(rule, "block_residual", always_best)
     assert "chi-square" in str(verify_sampling.check_samples(llm, prompt).problem)
 
 
@@ -170,7 +189,7 @@ def test_the_verb_prints_and_exits_by_the_verdict(
 ) -> None:
     monkeypatch.setattr(verify, "RUNGS", {n: verify.RUNGS[n] for n in ("rows", "distribution")})
     if broken:
-        monkeypatch.setattr(rule, "residual", whole_p)
+        monkeypatch.setattr(rule, "block_residual", whole_p)
     asked = ["verify", str(pair), "--spec-draft-n-max", "2", "--quant", "w8"]
     done = CliRunner().invoke(app, [*asked, "--json"])
     report = json.loads(done.stdout)

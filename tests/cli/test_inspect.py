@@ -11,6 +11,7 @@ from outdraft.cli.checkup import examine
 from outdraft.cli.inspect import size
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
+from outdraft.ops.packed import PackedLinear
 from tests import tiny
 from tests.cli.conftest import Invoke
 
@@ -59,6 +60,23 @@ def test_the_demo_is_int8(outdraft: Invoke) -> None:
     assert found["quantisation"] and found["n_params"] == 27_543_304
     assert found["drafter"]["n_params"] == 1_837_508
     assert found["stored_params"]["int8"] > 27_000_000
+
+
+def test_packed_int4_is_read_as_the_engine_reads_it(
+    outdraft: Invoke, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny.int4_target(tmp_path / "target", pair)
+    result = outdraft("inspect", target)
+    assert result.exit_code == 0 and "int4 (compressed-tensors), one scale for 32" in result.stdout
+    found = examine(target)
+    assert not found.problems and found.n_params == examine(pair).n_params
+    monkeypatch.undo()
+    assert LLM(str(target), EngineConfig(ctx_size=64)).target.report.n_params == found.n_params
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "other"
+    (target / "config.json").write_text(json.dumps(config))
+    problems = examine(target).problems
+    assert [problem.where for problem in problems] == ["quantisation"]
 
 
 def test_an_assistant_alone(outdraft: Invoke, pair: Path, tmp_path: Path) -> None:
@@ -123,3 +141,38 @@ def test_sizes() -> None:
         "27.7 MB",
         "61.44 GB",
     ]
+
+
+@pytest.mark.parametrize("shape", ["moe", "e2b"])
+def test_packed_sizes_and_files_are_those_of_the_engine(
+    tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch, outdraft: Invoke
+) -> None:
+    target = tiny.tiny_target(tmp_path / "target", shape, seed=4)
+    tiny.tiny_assistant(target / "assistant", target, ordered=True)
+    cache = tmp_path / "cache"
+
+    def look() -> dict[str, Any]:
+        done = outdraft("inspect", target, "--cache-dir", cache, "--json")
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    before = look()
+    assert before["packed_files"] == before["drafter"]["packed_files"] == {}
+    monkeypatch.undo()
+    packed: list[int] = []
+    of_memory = PackedLinear.of_memory
+
+    def counted(*args: Any, **kwargs: Any) -> PackedLinear:
+        made = of_memory(*args, **kwargs)
+        packed.append(made.n_bytes)
+        return made
+
+    monkeypatch.setattr(PackedLinear, "of_memory", counted)
+    LLM(str(target), EngineConfig(quant="w4", ctx_size=64, cache_dir=str(cache)))
+    assert sum(packed) == before["packed_bytes"]["w4"] + before["drafter"]["packed_bytes"]["w8"]
+    after = look()
+    files = [*after["packed_files"].items(), *after["drafter"]["packed_files"].items()]
+    assert [format for format, _ in files] == ["w4", "w8"]
+    assert {Path(path) for _, path in files} == set(cache.iterdir())
+    assert str(files[0][1]) in outdraft("inspect", target, "--cache-dir", cache).stdout.replace(
+        "\n", ""
+    ).replace(" ", "")

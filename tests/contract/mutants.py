@@ -1,7 +1,8 @@
 """Planted bugs in verification: each is a small departure from what is right.
 
-`rule` is speculative sampling written once more with its three parts exchangeable; without an
-exchange it must pass every check (`HEALTHY`), so a mutant differs by its bug alone. What is
+`rule` is speculative sampling, draft by draft, and `block_rule` is block verification, each written
+once more with its parts exchangeable; without an exchange both must pass every check (`HEALTHY`),
+so a mutant differs by its bug alone. What is
 mathematically no bug is not here: `<` for `<=` on a continuous number, or the rule for point masses
 on drafts that were drawn, which is lossless for any draft and merely accepts fewer.
 
@@ -30,7 +31,7 @@ from outdraft.speculate.proof import (
     table,
     target_rows,
 )
-from outdraft.speculate.verify import Verdict, verify_greedy, verify_sampled
+from outdraft.speculate.verify import Verdict, verify_block, verify_greedy
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,97 @@ def rule(
         return Verdict(len(accept_u), draw(bonus(q_KV, p_RV), final_u[-1]))
 
     return verify
+
+
+# --- The same for block verification ---
+
+
+def capped(share: float, ratio: float) -> float:
+    return min(1.0, share * ratio)
+
+
+def excess(i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor) -> Tensor:
+    return (shares[i] * p_RV[i] - q_KV[i]).clamp(min=0)
+
+
+def block_chance(i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor) -> float:
+    if i == len(q_KV):
+        return shares[i]
+    mass = float(excess(i, shares, q_KV, p_RV).sum())
+    left = mass + 1 - shares[i]
+    return mass / left if left else 0.0
+
+
+def largest(passed: list[bool]) -> int:
+    return max((i + 1 for i, good in enumerate(passed) if good), default=0)
+
+
+def block_rule(
+    share: Callable[[float, float], float] = capped,
+    chance: Callable[..., float] = block_chance,
+    rest: Callable[..., Tensor] = excess,
+    last: Callable[[list[bool]], int] = largest,
+) -> Verify:
+    def verify(
+        ids_K: Tensor,
+        q_KV: Tensor,
+        p_RV: Tensor,
+        accept_u: Sequence[float],
+        final_u: Sequence[float],
+    ) -> Verdict:
+        if q_KV is None:
+            return Verdict(0, sample(p_RV[0], final_u[0]))
+        shares = [1.0]
+        for i, d in enumerate(ids_K.tolist()):
+            shares.append(share(shares[-1], float(p_RV[i, d]) / float(q_KV[i, d])))
+        passed = [u < chance(i + 1, shares, q_KV, p_RV) for i, u in enumerate(accept_u)]
+        n = last(passed)
+        row_V = p_RV[n] if n == len(q_KV) else rest(n, shares, q_KV, p_RV)
+        return Verdict(n, sample(row_V if row_V.sum() > 0 else p_RV[n], final_u[n]))
+
+    return verify
+
+
+# --- Bugs of block verification ---
+
+
+def capped_alone(share: float, ratio: float) -> float:
+    return share * min(1.0, ratio)
+
+
+def last_ratio(share: float, ratio: float) -> float:
+    return min(1.0, ratio)
+
+
+def share_as_chance(i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor) -> float:
+    return shares[i]
+
+
+def chance_without_what_is_missing(
+    i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor
+) -> float:
+    mass = float(excess(i, shares, q_KV, p_RV).sum()) if i < len(q_KV) else 0.0
+    return min(1.0, mass + shares[i]) if i < len(q_KV) else shares[i]
+
+
+def chance_by_plain_residual(i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor) -> float:
+    return block_chance(i, [1.0] * i + shares[i:] if i == len(q_KV) else [1.0] * 9, q_KV, p_RV)
+
+
+def plain_residual(i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor) -> Tensor:
+    return (p_RV[i] - q_KV[i]).clamp(min=0)
+
+
+def residual_of_next_share(i: int, shares: list[float], q_KV: Tensor, p_RV: Tensor) -> Tensor:
+    return excess(i, shares[1:], q_KV, p_RV)
+
+
+def first_failure_ends(passed: list[bool]) -> int:
+    return passed.index(False) if False in passed else len(passed)
+
+
+def number_passed(passed: list[bool]) -> int:
+    return sum(passed)
 
 
 # --- Bugs of the accept test ---
@@ -178,25 +270,34 @@ def bonus_from_row_before(q_KV: Tensor, p_RV: Tensor) -> Tensor:
 def accept_number_again(
     ids_K: Tensor, q_KV: Tensor, p_RV: Tensor, accept_u: Sequence[float], final_u: Sequence[float]
 ) -> Verdict:
-    return verify_sampled(ids_K, q_KV, p_RV, accept_u, [*accept_u, final_u[-1]])
+    return verify_block(ids_K, q_KV, p_RV, accept_u, [*accept_u, final_u[-1]])
 
 
 def one_number_a_block(
     ids_K: Tensor, q_KV: Tensor, p_RV: Tensor, accept_u: Sequence[float], final_u: Sequence[float]
 ) -> Verdict:
-    return verify_sampled(ids_K, q_KV, p_RV, [*accept_u[:1]] * len(accept_u), final_u)
+    return verify_block(ids_K, q_KV, p_RV, [*accept_u[:1]] * len(accept_u), final_u)
 
 
 def same_stream(one: Purpose, other: Purpose) -> Callable[[Uniform], Uniform]:
     return lambda uniform: (
-        lambda position, purpose: uniform(position, one if purpose is other else purpose)
+        lambda position, purpose, start: uniform(
+            position, one if purpose is other else purpose, start
+        )
     )
 
 
 def same_for_all_positions(purpose: Purpose) -> Callable[[Uniform], Uniform]:
     return lambda uniform: (
-        lambda position, wanted: uniform(0 if wanted is purpose else position, wanted)
+        lambda position, wanted, start: uniform(
+            0 if wanted is purpose else position, wanted, None if start is None else 0
+        )
     )
+
+
+def same_for_all_rounds(uniform: Uniform) -> Uniform:
+    """A position behind a rejection has the numbers again that the rejection depended on."""
+    return lambda position, purpose, start: uniform(position, purpose, None)
 
 
 # --- Bugs of the drafter and of what verification is told ---
@@ -228,49 +329,6 @@ def drops_unlikely_drafts(q: Table) -> Propose:
         return Proposal(proposal.ids[:n], proposal.q_KV[:n] if n else None)
 
     return propose
-
-
-def peeks_behind_the_rejection(q: Table) -> Propose:
-    """Drafts on only if the rejected block had an id of the lower half at this position."""
-    honest = sampled_drafts(q)
-    middle = q(()).shape[0] // 2
-    start, last = 0, ()
-
-    def propose(context: Context, k: int, draw: Draw) -> Proposal:
-        nonlocal start, last
-        behind = last[len(context) - start :] if context else ()
-        if behind and behind[0] >= middle:
-            k = 0
-        proposal = honest(context, k, draw)
-        start, last = len(context), proposal.ids
-        return proposal
-
-    return propose
-
-
-def counts_would_be_acceptances(setting: Setting) -> Decoder:
-    """Drafts on only if a draft at this position would have been accepted behind a rejection."""
-    honest = sampled_drafts(setting.q)
-    start = 0
-    kept: list[bool] = []
-
-    def propose(context: Context, k: int, draw: Draw) -> Proposal:
-        nonlocal start
-        behind = kept[len(context) - start :] if context else []
-        start = len(context)
-        return honest(context, 0 if behind and not behind[0] else k, draw)
-
-    def verify(
-        ids_K: Tensor,
-        q_KV: Tensor | None,
-        p_RV: Tensor,
-        accept_u: Sequence[float],
-        final_u: Sequence[float],
-    ) -> Verdict:
-        kept[:] = [u < chance(i, ids_K, q_KV, p_RV) for i, u in enumerate(accept_u)]
-        return verify_sampled(ids_K, q_KV, p_RV, accept_u, final_u)
-
-    return Decoder(setting.p, propose, verify)
 
 
 # --- Bugs of greedy verification ---
@@ -331,6 +389,7 @@ def filters_missing(name: str, **off: float) -> Mutant:
 HEALTHY = [
     verifies("the rule restated, sampled drafts", rule()),
     verifies("the rule restated, point masses", rule(), drafts="argmax"),
+    verifies("block verification restated", block_rule()),
 ]
 
 MUTANTS = [
@@ -362,8 +421,17 @@ MUTANTS = [
         ),
     ),
     drafted("unlikely drafts dropped", lambda s: drops_unlikely_drafts(s.q)),
-    drafted("length from drafts behind a rejection", lambda s: peeks_behind_the_rejection(s.q)),
-    Mutant("length from would-be acceptances", counts_would_be_acceptances),
+    verifies("shares not capped", block_rule(share=lambda share, ratio: share * ratio)),
+    verifies("shares of ratios capped one by one", block_rule(share=capped_alone)),
+    verifies("share is the last ratio", block_rule(share=last_ratio)),
+    verifies("a draft inside stays by its share", block_rule(chance=share_as_chance)),
+    verifies("a draft inside stays too often", block_rule(chance=chance_without_what_is_missing)),
+    verifies("chance by the plain residual", block_rule(chance=chance_by_plain_residual)),
+    verifies("plain residual behind a block", block_rule(rest=plain_residual)),
+    verifies("residual of the next share", block_rule(rest=residual_of_next_share)),
+    verifies("block ends at the first failure", block_rule(last=first_failure_ends)),
+    verifies("as many stay as passed", block_rule(last=number_passed)),
+    streamed("rounds share their numbers", same_for_all_rounds),
     streamed("ACCEPT and TARGET share a stream", same_stream(Purpose.ACCEPT, Purpose.TARGET)),
     streamed("DRAFT and ACCEPT share a stream", same_stream(Purpose.DRAFT, Purpose.ACCEPT)),
     streamed("DRAFT and TARGET share a stream", same_stream(Purpose.DRAFT, Purpose.TARGET)),

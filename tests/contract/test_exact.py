@@ -196,9 +196,9 @@ def test_a_stale_row_after_a_rejection_would_be_seen(
     want = run(llm, [prompt], 0)[0]
     keep = type(llm.runner)._keep_rows
 
-    def forgetful(self, sequence, rows_H, n_kept):  # type: ignore[no-untyped-def]
-        keep(self, sequence, rows_H, n_kept)
-        if rows_H.shape[0] > n_kept:  # the next row is written one slot too far
+    def forgetful(self, sequence, n_rows, n_kept):  # type: ignore[no-untyped-def]
+        keep(self, sequence, n_rows, n_kept)
+        if n_rows > n_kept:  # the next row is written one slot too far
             store = next(iter(self.memory.groups["full_attention"].layers.values()))
             store.k_PGSD.copy_(store.k_PGSD.roll(1, dims=2))
 

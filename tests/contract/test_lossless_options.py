@@ -121,9 +121,11 @@ def verify_with(
             request=SimpleNamespace(params=params), tokens=tokens, sampler=state, seed=0
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decision, "uniform", lambda _, at, why: numbers[why][at - len(tokens)])
+            patch.setattr(
+                decision, "uniform", lambda _, at, why, *_start: numbers[why][at - len(tokens)]
+            )
             block = decision.Block(ids_K.tolist(), q_KV if len(ids_K) else None)
-            verdict = decision.decide(sequence, block, logits_RV, torch.empty(0))
+            verdict = decision.decide(sequence, block, logits_RV, [])
         assert state.tokens == tokens or make is not SamplerState
         return verdict
 
@@ -173,8 +175,8 @@ def test_generated_text_with_options_follows_the_target(name: str, drafts: str) 
     runs = []
     for seed in range(n):
 
-        def numbers(at: int, why: Purpose, seed: int = seed) -> float:
-            return uniform(seed, at, why)
+        def numbers(at: int, why: Purpose, start: int | None, seed: int = seed) -> float:
+            return uniform(seed, at, why, start)
 
         runs.append(generate(decoder, numbers, 3, k).tokens)
     places = torch.tensor(runs) @ torch.tensor([vocab**2, vocab, 1])

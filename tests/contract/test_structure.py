@@ -33,6 +33,9 @@ TORCH_FREE = (
     "engine/plan.py",
     "engine/scheduler.py",
     "engine/sequence.py",
+    "engine/stats.py",
+    "speculate/costs.py",
+    "speculate/length.py",
     "speculate/stats.py",
 )
 FILE_LIMIT, FILE_HARD, LONG_FILES = 400, 600, set[str]()

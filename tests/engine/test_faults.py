@@ -5,6 +5,7 @@ import torch
 
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
+from outdraft.engine.graphs import finite_or_none
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import QueueFull
 from outdraft.request import FinishReason, SamplingParams
@@ -96,7 +97,8 @@ def test_logits_that_are_not_finite(
             rows = [r for r, t in enumerate(wanted) if 0 <= t - span.start < span.n_rows]
             if span.sequence == guilty.id:
                 logits_RV[rows] = value
-                best_R[rows] = torch.argmax(logits_RV[rows], -1).to(best_R.dtype)
+                first_R = torch.argmax(logits_RV[rows], -1).to(best_R.dtype)
+                best_R[rows] = finite_or_none(logits_RV[rows], first_R)
         return type(done)(done.hidden_TH, logits_RV, best_R)
 
     monkeypatch.setattr(llm.runner.target_pass, "run", poisoned)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from outdraft.config import EngineConfig
-from outdraft.engine.costs import measure_costs
+from outdraft.engine.costs import Bench, measure_costs
 from outdraft.engine.engine import LLM
 from outdraft.engine.lengths import AutoLengths
 from outdraft.errors import OutdraftError
@@ -25,8 +25,8 @@ def test_costs_are_measured_and_memory_is_as_before(llm: LLM) -> None:
     assert llm.lengths is not None
     llm.check()
     for controller in (llm.lengths.likeliest, llm.lengths.drawn):
-        assert set(controller.target.seconds[1]) >= {1, 7}
-        assert set(controller.draft.seconds[1]) >= {0, 6}
+        assert set(controller.costs.passes.sizes) >= {1, 7}
+        assert set(controller.costs.rounds.by_batch[1]) >= {1, 6}
     pools = [group.pool for group in llm.memory.books.groups.values()]
     fresh = LLM("demo", EngineConfig(draft_n_max=6, ctx_size=512, max_sequences=3))
     assert all(
@@ -48,9 +48,10 @@ def test_a_slow_model_is_not_measured_for_long(llm: LLM, monkeypatch: pytest.Mon
     monkeypatch.setattr(target_pass, "run", slow)
     empty = AutoLengths(6, sample_drafts=True)
     assert drafter is not None
-    n = measure_costs(empty, llm.target, target_pass, drafter, llm.memory, 6, budget_s=0.1)
-    assert n == 0 and not empty.likeliest.target.seconds
-    assert n_calls == 2  # the scratch prompt, and one pass that was too slow
+    bench = Bench(llm.target, target_pass, drafter, llm.memory)
+    n = measure_costs(empty, bench, 6, 3, budget_s=0.1)
+    assert n == 0 and not empty.likeliest.costs.known
+    assert n_calls == 1  # it was too slow
     llm.check()
 
 
@@ -78,9 +79,9 @@ def test_a_seed_gives_the_text_of_plain_decoding_whatever_the_lengths(llm: LLM) 
 def test_without_a_seed_drafts_are_drawn(llm: LLM) -> None:
     assert llm.lengths is not None
     llm.set_draft_auto()
-    before = sum(llm.lengths.drawn._shared.tried)
+    before = llm.lengths.drawn._shared_of("model").version
     llm.generate(PROMPTS[0], SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.7))
-    assert sum(llm.lengths.drawn._shared.tried) != before
+    assert llm.lengths.drawn._shared_of("model").version > before
 
 
 def test_a_fixed_length_is_kept(llm: LLM) -> None:

@@ -6,6 +6,7 @@ place in a block is where one ends.
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_drafting_changes_nothing(
         )
         assert got.logprobs == want.logprobs and len(got.logprobs) == len(got.tokens)
         if wrong == 0 and len(want.tokens) > 10:
-            assert got.stats.n_accepted > 0.4 * len(want.tokens)
+            kept = got.stats.n_accepted + got.stats.n_forced_accepted
+            assert kept > 0.4 * len(want.tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
@@ -157,6 +159,37 @@ def test_a_schema_gives_valid_json_with_drafting(llm: LLM) -> None:
 def test_a_thousand_schema_requests_are_all_valid(llm: LLM) -> None:
     llm.set_draft_n_max(4)
     check_json(llm, 1000)
+
+
+class Silent(Oracle):
+    """Drafts nothing that stays, and remembers what it was asked behind."""
+
+    def __init__(self) -> None:
+        super().__init__([], 0.0)
+        self.asked: list[list[int]] = []
+
+    def propose(self, view: TargetView, k: int) -> Draft:
+        self.asked += [list(s.tokens) for s in view.sequences]
+        return Draft(torch.full((len(view.sequences), k), 6), [None] * len(view.sequences), [k])
+
+
+def test_forced_tokens_are_drafted_without_the_drafter(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=4, regex="[ab]{3}xyzxyzxyz[ab]{3}uvw")
+    want = plain(llm, params)
+    drafter = Silent()
+    monkeypatch.setattr(llm.runner, "drafter", drafter)
+    llm.set_draft_n_max(4)
+    got = llm.generate(PROMPT, params)
+    assert got.text == want.text and got.text[3:12] == "xyzxyzxyz"
+    stats = got.stats
+    assert stats.n_accepted == 0 and stats.n_forced == stats.n_forced_accepted > 8
+    assert stats.n_emitted == len(got.tokens) > stats.n_passes
+    after = ["".join(want.text[: len(t) - len(PROMPT)]) for t in drafter.asked]
+    assert after and not any(text.endswith(("xyz", "u", "v")) for text in after)
+    llm.set_draft_n_max(0)
+    assert llm.generate(PROMPT, params).stats.n_forced == 0, "plain decoding stays plain"
 
 
 def check_json(llm: LLM, n: int) -> None:
@@ -240,3 +273,61 @@ def test_prompt_logprobs_do_not_come_from_the_prefix_cache(llm: LLM) -> None:
     first, again = llm.generate(whole, params), llm.generate(whole, params)
     assert len(first.prompt_logprobs) == len(whole)
     assert first.prompt_logprobs == again.prompt_logprobs
+
+
+def combination(draw: random.Random) -> dict[str, object]:
+    """Some of all options together, of each name one value; at most one grammar."""
+    chosen: dict[str, object] = {}
+    for name in draw.sample(sorted(OPTIONS), draw.randint(2, 7)):
+        grammars = [g for g in ("regex", "grammar", "json_schema") if g in chosen]
+        chosen |= {
+            key: value
+            for key, value in OPTIONS[name].items()
+            if not (grammars and key in ("regex", "grammar", "json_schema"))
+        }
+    return chosen
+
+
+def check_combinations(llm: LLM, seeds: range) -> None:
+    """Options together, drafts half right: alone and beside others what plain decoding gives.
+
+    A combination may leave no token; then it has to end with the same error everywhere.
+    """
+    params = []
+    for seed in seeds:
+        draw = random.Random(seed)
+        temperature = draw.choice([0.0, 0.8, 2.0])
+        chosen = combination(draw)
+        params.append(
+            SamplingParams(temperature=temperature, seed=seed, max_tokens=50, **chosen)  # type: ignore[arg-type]
+        )
+    wanted = [plain(llm, one) for one in params]
+    n_kept = 0
+    for one, want in zip(params, wanted, strict=True):
+        llm.runner.drafter = Oracle(want.tokens, 0.2)
+        llm.set_draft_n_max(1 + (one.seed or 0) % 5)
+        got = llm.generate(PROMPT, one)
+        assert outcome(got) == outcome(want), one
+        n_kept += got.stats.n_accepted
+    assert n_kept > 5 * len(params)
+    llm.runner.drafter = Oracle(wanted[0].tokens, 0.0)
+    together = llm.generate_all([PROMPT] * len(params), params)
+    for one, want, got in zip(params, wanted, together, strict=True):
+        assert outcome(got) == outcome(want), one
+    llm.check()
+
+
+def outcome(got: Completion) -> tuple[object, ...]:
+    return got.tokens, got.text, got.finish_reason, got.error
+
+
+def test_options_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.runner, "drafter", llm.runner.drafter)  # put back afterwards
+    check_combinations(llm, range(12))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("part", range(1, 9))
+def test_many_options_together(llm: LLM, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.runner, "drafter", llm.runner.drafter)
+    check_combinations(llm, range(100 * part, 100 * part + 60))

@@ -11,6 +11,7 @@ from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PackedLinear
 from outdraft.ops.program import Program
+from outdraft.ops.record import recording
 
 
 class Layer:
@@ -75,12 +76,29 @@ def test_replay_gives_the_same_bits(ops: CpuOps, n_rows: int, rng: torch.Generat
         assert torch.equal(layer.kv.v_PGSD, values)
 
 
+def test_programs_of_one_arena_use_the_same_memory(ops: CpuOps, rng: torch.Generator) -> None:
+    layers = [Layer(n_rows, rng) for n_rows in (12, 1, 5, 12, 12)]
+    expected = [layer.forward(ops).clone() for layer in layers]
+    recorder, sizes, recorded = CpuOps(), [], []
+    for layer in layers:
+        with recording(recorder) as program:
+            out = layer.forward(recorder)
+        recorded.append((program, out))
+        sizes.append(recorder.arena.n_bytes)
+    assert len(set(sizes)) == 1
+    for i in (0, 1, 2, 3, 4, 2, 0):
+        program, out = recorded[i]
+        program.replay()
+        assert torch.equal(out, expected[i])
+
+
 def test_programs_of_several_threads_do_not_mix(rng: torch.Generator) -> None:
     _core.set_threads(2)
     layers = [Layer(2, rng) for _ in range(3)]
     expected = [layer.forward(CpuOps()).clone() for layer in layers]
     programs = [Program() for _ in layers]
-    outs = [layer.forward(CpuOps(p)) for layer, p in zip(layers, programs, strict=True)]
+    outs = [layer.forward(CpuOps(program=p)) for layer, p in zip(layers, programs, strict=True)]
+    assert all(len(program) > 10 for program in programs)
     workers = [
         threading.Thread(target=lambda p=p: [p.replay() for _ in range(200)]) for p in programs
     ]

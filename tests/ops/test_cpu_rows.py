@@ -94,6 +94,46 @@ def test_argmax_of_chosen_blocks(ops: CpuOps, rng: torch.Generator) -> None:
         assert best[t] == min((-score, token) for score, token in pairs if token >= 0)[1]
 
 
+@pytest.mark.parametrize("n", [1, 5, 16, 33, 4097])
+@pytest.mark.parametrize("spread", [0.01, 3.0, 60.0])
+def test_best_is_the_argmax_with_its_probability(
+    ops: CpuOps, n: int, spread: float, rng: torch.Generator
+) -> None:
+    logits = torch.randn(5, n, generator=rng) * spread + 100
+    logits[1, ::3] = logits[1].max()  # equals share
+    logits[2, 1:] = float("-inf")
+    ids, sure = ops.best(logits)
+    want = torch.softmax(logits.double(), dim=-1).amax(dim=-1)
+    assert torch.equal(ids, ops.argmax(logits))
+    assert sure.dtype == torch.float32
+    torch.testing.assert_close(sure.double(), want, rtol=3e-6, atol=0)
+    for t in range(5):
+        alone = ops.best(logits[t : t + 1])
+        assert torch.equal(alone[0], ids[t : t + 1]) and torch.equal(alone[1], sure[t : t + 1])
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 9])
+def test_blocks_scattered_and_chosen_from(ops: CpuOps, n_rows: int, rng: torch.Generator) -> None:
+    n_blocks, block, count, k = 13, 21, 4, 70
+    weight = torch.randn(n_blocks * block, k, generator=rng)
+    ids = torch.randperm(n_blocks * block, generator=rng).int().view(n_blocks, block)
+    packed = ops.pack_blocks(weight, ids)
+    x = torch.randn(n_rows, k, generator=rng)
+    chosen = torch.stack([torch.randperm(n_blocks, generator=rng)[:count] for _ in range(n_rows)])
+    chosen = chosen.int()
+    logits = ops.score_blocks(x, packed, ids, chosen, n_blocks * block)
+    head = PackedLinear.pack(weight, "w8")
+    everything = ops.linear(x, head, torch.float32)  # a row's sums do not depend on its neighbours
+    for t in range(n_rows):
+        seen = ids[chosen[t].long()].flatten().long()
+        assert torch.equal(logits[t, seen], everything[t, seen])
+        assert int(torch.isinf(logits[t]).sum()) == (n_blocks - count) * block
+    best, sure = ops.best_of_blocks(x, packed, ids, chosen)
+    assert torch.equal(best, ops.argmax(logits))
+    want = torch.softmax(logits.double(), dim=-1).amax(dim=-1)
+    torch.testing.assert_close(sure.double(), want, rtol=3e-6, atol=0)
+
+
 def test_route(ops: CpuOps, rng: torch.Generator) -> None:
     scores = torch.randn(6, 128, generator=rng)
     per_expert = torch.rand(128, generator=rng) + 0.5

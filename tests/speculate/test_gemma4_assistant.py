@@ -4,6 +4,7 @@ The restatement shares nothing with the package but the weights and the target's
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
     kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
     drafter = Gemma4AssistantDrafter(model, kv_layers)
     view = SequenceView("s", tokens, SamplingParams(), 0, hidden[-1])
-    keys = drafter._prepare(memory, [view]).attend
+    keys = drafter._call(memory, drafter._numbers(memory, [view])).attend
     steps = []
 
     normed = None
@@ -134,7 +135,7 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
         normed = model.step(target.embed(newest.int()), carried, at, keys)
         logits = model.logits(normed)
         steps.append((int(newest), carried[0].double(), logits[0]))
-        return logits, ops.argmax(logits)
+        return logits, *ops.best(logits)
 
     draft = draft_chain([view], K, step)
 
@@ -164,25 +165,28 @@ def test_a_round_equals_the_protocol_in_fp64(shape: str, ordered: bool) -> None:
         spread = want[seen].max() - want[seen].min()
         assert (want[seen] - logits[seen].double()).abs().max() <= TOLERANCE * spread
     assert drafter.needs.final_hidden and set(drafter.needs.kv_groups) == set(KINDS)
+    want_sure = [torch.softmax(logits.double(), dim=-1).max() for _, _, logits in steps]
+    assert draft.confidence_BK is not None
+    torch.testing.assert_close(draft.confidence_BK[0].double(), torch.stack(want_sure))
     assert draft.tokens_BK.shape == (1, K) and draft.lengths == [K] and draft.probs == [None]
 
 
-@torch.inference_mode()
-def test_a_recorded_round_equals_the_calls_one_by_one() -> None:
-    raw = tiny.target_config("plain")
+Scene = tuple[Gemma4AssistantDrafter, TargetView]
+
+
+def compiled_scene(*, ordered: bool, vocab: int = tiny.VOCAB) -> Scene:
+    """A drafter and a target with two sequences, on the compiled kernels."""
+    raw = tiny.target_config("plain", vocab_size=vocab)
     config = Gemma4Config.from_hf(raw)
     ops = CpuOps(format="w8")
     target = Gemma4(config, tiny.target_weights(raw, seed=5), ops)
     memory = Memory(
         memory_layers(config), max_sequences=2, max_tokens=512, max_rows=160, dtype=torch.bfloat16
     )
-    raw_assistant = tiny.assistant_config(raw)
+    raw_assistant = tiny.assistant_config(raw, ordered=ordered)
     weights = tiny.assistant_weights(raw_assistant, seed=6)
     model = Gemma4Assistant(AssistantConfig.from_hf(raw_assistant), weights, CpuOps())
-    kv_layers = {kind: config.last_owner(kind) for kind in KINDS}
-    recorded = Gemma4AssistantDrafter(model, kv_layers)
-    plain = Gemma4AssistantDrafter(model, kv_layers)
-    plain.recorder = None
+    drafter = Gemma4AssistantDrafter(model, {kind: config.last_owner(kind) for kind in KINDS})
     generator = torch.Generator().manual_seed(7)
     views = []
     for name, n in (("a", 131), ("b", 40)):
@@ -193,13 +197,71 @@ def test_a_recorded_round_equals_the_calls_one_by_one() -> None:
         hidden = target.forward(call.token_T, call.position_T, call.attend)
         memory.advance(name, n)
         views.append(SequenceView(name, tokens, SamplingParams(), 0, hidden[-1].clone()))
+    return drafter, TargetView(views, memory, target.embed, ops)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("ordered", [False, True], ids=["dense", "ordered"])
+@torch.inference_mode()
+def test_a_recorded_round_equals_the_calls_one_by_one(ordered: bool, temperature: float) -> None:
+    recorded, view = compiled_scene(ordered=ordered)
+    plain = Gemma4AssistantDrafter(recorded.model, recorded.kv_layers)
+    plain.recorder = None
+    params = SamplingParams(temperature=temperature)
+    views = [replace(view.sequences[0], params=params), view.sequences[1]]
     for chosen in (views, views[:1], views[1:], views[::-1]):
         for k in (1, 2, K, 2):
-            view = TargetView(chosen, memory, target.embed, ops)
-            want, got = plain.propose(view, k), recorded.propose(view, k)
+            part = replace(view, sequences=chosen)
+            want, got = plain.propose(part, k), recorded.propose(part, k)
             assert torch.equal(want.tokens_BK, got.tokens_BK)
-            assert want.lengths == got.lengths and want.probs == got.probs
-    assert len(recorded.recordings) == 6 and not plain.recordings
+            assert want.confidence_BK is not None and got.confidence_BK is not None
+            torch.testing.assert_close(want.confidence_BK, got.confidence_BK, rtol=1e-5, atol=0)
+            assert want.lengths == got.lengths
+            for one, two in zip(want.probs, got.probs, strict=True):
+                assert (one is None) == (two is None)
+                assert one is None or two is None or torch.equal(one, two)
+    assert recorded.recordings and not plain.recordings
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["dense", "ordered"])
+@torch.inference_mode()
+def test_confidence_is_the_softmax_of_the_drafters_own_scores(ordered: bool) -> None:
+    drafter, view = compiled_scene(ordered=ordered)
+    drafter.recorder = None
+    rows: list[Tensor] = []
+    logits = drafter.model.logits
+    drafter.model.logits = lambda normed: rows.append(logits(normed).double()) or rows[-1].float()  # type: ignore[method-assign,func-returns-value]
+    # Drawn tokens are not the likeliest ones: their own probability counts, at temperature 1.
+    params = SamplingParams(temperature=3.0)
+    views = [replace(s, params=params) for s in view.sequences]
+    draft = drafter.propose(replace(view, sequences=views), K)
+    assert draft.confidence_BK is not None and len(rows) == K
+    unlikely = 0
+    for i, logits_BV in enumerate(rows):
+        for b in range(2):
+            token = draft.tokens_BK[b, i]
+            want = torch.softmax(logits_BV[b], dim=0)[token]
+            torch.testing.assert_close(draft.confidence_BK[b, i].double(), want, rtol=1e-5, atol=0)
+            unlikely += int(token != logits_BV[b].argmax())
+    assert unlikely > 0
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["dense", "ordered"])
+@torch.inference_mode()
+def test_recordings_do_not_keep_the_scores_of_their_steps(ordered: bool) -> None:
+    vocab = 1 << 16
+    drafter, view = compiled_scene(ordered=ordered, vocab=vocab)
+    params = SamplingParams(temperature=1.0)
+    drawn = [replace(s, params=params) for s in view.sequences]
+    for chosen in (view.sequences, view.sequences[:1], drawn):
+        for k in (1, 4, 7):
+            drafter.propose(replace(view, sequences=chosen), k)
+    one_step = 2 * vocab * 4
+    assert len(drafter.recordings) == 7
+    assert drafter.model.ops.arena.n_bytes < 6 * one_step  # type: ignore[attr-defined]
+    for recording in drafter.recordings.values():
+        kept = [x for used in recording.program.kept for x in used if isinstance(x, Tensor)]  # type: ignore[attr-defined]
+        assert not any(x.dtype == torch.float32 and x.numel() >= vocab for x in kept)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from outdraft.speculate.proof import (
     steps,
     table,
 )
-from outdraft.speculate.verify import verify_sampled
+from outdraft.speculate.verify import verify_block
 
 
 def test_steps_are_found_to_the_last_bits() -> None:
@@ -31,7 +31,7 @@ def test_integration_finds_every_verdict() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
     q = torch.tensor([[0.25, 0.6, 0.15]], dtype=torch.float64)
     found: dict[tuple[int, int], float] = {}
-    for share, verdict in integrate(verify_sampled, Proposal((1,), q), p):
+    for share, verdict in integrate(verify_block, Proposal((1,), q), p):
         key = (verdict.n_accepted, verdict.token)
         found[key] = found.get(key, 0.0) + share
     # Stays with 1/2; the residual is 0.25 : 0 : 0.05.

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 SIZE_INCHES = (11.0, 4.4)
 DPI = 130
-COLOURS = ("#9aa5b1", "#2f7d4f", "#d9c8a9", "#c07f2a")
+COLOURS = ("#9aa5b1", "#2f7d4f", "#d9c8a9", "#c07f2a", "#b9c7dd", "#3f67a3")
 
 
 def draw(report: dict[str, Any]) -> bytes:
@@ -34,8 +34,7 @@ def _draw_speed(axes: Axes, report: dict[str, Any]) -> None:
         "plain": [figures["plain_tok_s"] for figures in kinds.values()],
         "drafting": [figures["draft_tok_s"] for figures in kinds.values()],
     }
-    peer = report.get("peer")
-    if peer is not None:
+    for peer in report.get("peers", {}).values():
         theirs = [peer["kinds"][kind] for kind in kinds]
         bars[f"{peer['name']} plain"] = [figures["plain_tok_s"] for figures in theirs]
         bars[f"{peer['name']} assisted"] = [figures["assisted_tok_s"] for figures in theirs]

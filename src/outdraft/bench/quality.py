@@ -1,15 +1,16 @@
-"""What quantising a target costs in quality: perplexity, distance to bf16, acceptance of drafts.
+"""What quantising a target costs in quality: perplexity and distance to bf16.
 
-Here: figures from two loaded models. Not here: the options and the table (cli/bench_quality.py).
+Here: figures from two loaded models, and the texts. Not here: acceptance of drafts (acceptance.py),
+the options and the table (cli/bench_quality.py).
 
 Every token of a window is scored in one pass after `<bos>`. KL is that of the whole vocabulary,
-KL(bf16 || quantised), in nats a token. Acceptance is of greedy decoding with the same drafter.
+KL(bf16 || quantised), in nats a token.
 
 Shapes: T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.bench.prompts import Prompt
 from outdraft.cache.memory import Span
 from outdraft.engine.engine import LLM
 from outdraft.errors import OutdraftError
-from outdraft.request import SamplingParams
-from outdraft.speculate.stats import DraftStats
 
 MIN_WINDOW = 16  # tokens: a shorter rest of a file is left out
 
@@ -103,10 +101,10 @@ def log_probs(llm: LLM, tokens: Sequence[int]) -> Tensor:
         memory.close(name)
 
 
-def compare_windows(base: LLM, quantised: LLM, texts: Sequence[str], size: int, most: int) -> Sums:
+def compare_windows(base: LLM, quantised: LLM, windows: Sequence[list[int]]) -> Sums:
     """Score the same windows with both."""
     sums = Sums()
-    for window in windows(base, texts, size, most):
+    for window in windows:
         sums.add(log_probs(base, window), log_probs(quantised, window), torch.tensor(window[1:]))
     return sums
 
@@ -124,26 +122,4 @@ def text_figures(sums: Sums) -> dict[str, Any]:
         "nll_standard_error": error,
         "kl": sums.kl / n,
         "top1_agreement": sums.same_top / n,
-    }
-
-
-def acceptance_figures(
-    llm: LLM,
-    prompts: Sequence[Prompt],
-    max_tokens: int,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Any] | None:
-    """Greedy drafting over all prompts, None without a drafter; one conditional a position."""
-    if llm.pairing.drafter is None:
-        return None
-    llm.set_draft_n_max(llm.pairing.n_draft_max)
-    stats, params = DraftStats(), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    for prompt in prompts:
-        stats.merge(llm.generate(prompt.tokens, params).stats)
-        progress()
-    return {
-        "n_drafted": stats.n_drafted,
-        "tokens_per_pass": stats.tokens_per_pass,
-        "accepted": stats.n_accepted / max(1, stats.n_drafted),
-        "conditional": stats.conditional_acceptance,
     }

@@ -6,6 +6,7 @@ which prompts (prompts.py) and what is made of the measurements (report.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from outdraft.bench.prompts import Prompt
 from outdraft.engine.engine import LLM
@@ -20,7 +21,8 @@ WARM_UP_TOKENS = 16
 class Measurement:
     """One request. `prefill_s` is up to the first token, `decode_s` from there to the last.
 
-    `stats` and `times` are empty for an engine that does not tell them.
+    `stats` and `times` are empty for an engine that does not tell them. `wall_s` is of the whole
+    request as its caller sees it, where the other times are a server's own.
     """
 
     tokens: list[int]
@@ -28,6 +30,7 @@ class Measurement:
     decode_s: float
     stats: DraftStats = field(default_factory=DraftStats)
     times: StepTimes = field(default_factory=StepTimes)
+    wall_s: float | None = None
 
     @property
     def decode_tok_s(self) -> float:
@@ -37,7 +40,12 @@ class Measurement:
     @property
     def total_tok_s(self) -> float:
         """Tokens per second, the prompt's time included."""
-        return len(self.tokens) / (self.prefill_s + self.decode_s)
+        return len(self.tokens) / self.total_s
+
+    @property
+    def total_s(self) -> float:
+        """Of the whole request, as its caller sees it."""
+        return self.prefill_s + self.decode_s if self.wall_s is None else self.wall_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,14 @@ class Arm:
 
     name: str
     measure: Callable[[Sequence[int], SamplingParams], Measurement]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another engine on the same weights: its plain arm, then those that draft, and facts."""
+
+    arms: list[Arm]
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from outdraft.models import gemma4_assistant
-from outdraft.models.gemma4 import Gemma4, expected_tensors
 from outdraft.models.gemma4_assistant import Gemma4Assistant
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
-from outdraft.ops.base import Role
+from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.registry import GEMMA4, Family
+from outdraft.ops.arena import Arena
+from outdraft.ops.base import Ops, Role
 from outdraft.ops.cpu import CpuOps
-from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear
+from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
 from outdraft.ops.record import Replayable
+from outdraft.ops.stored import Rows, StoredWeight
 from outdraft.weights.load import ExpectedTensor
 
 DISTINCT_ROWS = 16 * PANEL_ROWS
@@ -34,9 +37,9 @@ GROUP = 32
 class TimedProgram(Program):
     """A program that adds up how long its replays took."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
         """An empty program."""
-        super().__init__()
+        super().__init__(arena)
         self.seconds = 0.0
 
     def replay(self) -> None:
@@ -53,30 +56,35 @@ class SyntheticOps(CpuOps):
     Attributes:
         weights: everything that was packed.
         programs: everything that was recorded.
+        patterns: what weights of a format and a number of inputs are copies of.
         routed: the expert ids [T, A] of every routing that was recorded or run, in order.
     """
 
     weights: list[PackedLinear] = field(default_factory=list)
     programs: list[TimedProgram] = field(default_factory=list)
+    patterns: dict[tuple[Format, int], PackedLinear] = field(default_factory=dict)
     routed: list[Tensor] = field(default_factory=list)
 
     def begin(self, program: Replayable | None) -> Program:
         """See `Recordable`."""
         if program is None:
-            program = TimedProgram()
+            program = TimedProgram(self.arena)
             self.programs.append(program)
         return CpuOps.begin(self, program)
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> PackedLinear:
+    def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
         """A weight of this shape."""
-        packed = synthetic_weight(self.stored_as(role), *_dimensions(weight.shape))
+        n_blocks, n, k = _dimensions(weight.shape)
+        key = self.stored_as(role), k
+        if key not in self.patterns:  # kept: their memory lies among that of the weights
+            self.patterns[key] = pattern_of(*key)
+        packed = synthetic_weight(key[0], n_blocks, n, k, self.patterns[key])
         self.weights.append(packed)
         return packed
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> PackedLinear:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> PackedLinear:
         """See `Ops.pack_blocks`."""
-        blocks = torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta")
-        return self.pack(blocks, "embedding")
+        return self.pack(weight_VK.take(ids_CN), "embedding")
 
     def route(
         self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
@@ -93,31 +101,30 @@ class CountingOps(CpuOps):
 
     n_bytes: int = 0
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> Any:
+    def pack(self, weight: Any, role: Role = "linear") -> Any:
         """Count a weight of this shape."""
         self.n_bytes += packed_bytes(self.stored_as(role), *_dimensions(weight.shape))
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> Any:
+    def pack_blocks(self, weight_VK: Any, ids_CN: Tensor) -> Any:
         """See `Ops.pack_blocks`."""
-        self.pack(torch.empty(*ids_CN.shape, weight_VK.shape[1], device="meta"), "embedding")
+        self.pack(weight_VK.take(ids_CN), "embedding")
 
 
 def packed_bytes(format: Format, n_blocks: int, n: int, k: int) -> int:
     """`PackedLinear.n_bytes` of a weight that does not exist yet."""
-    rows = -(-n // PANEL_ROWS) * PANEL_ROWS * n_blocks
-    if format == "w4":
-        groups = -(-k // GROUP)
-        return rows * groups * (GROUP // 2 + 2)  # and a scale in fp16
-    if format == "w8":
-        return rows * (-(-k // 4) * 4 + 8)  # and a scale in fp32, a sum in int32
-    return rows * -(-k // 2) * 4
+    return sum(part_bytes(format, n, k, group=GROUP, n_blocks=n_blocks))
 
 
-def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLinear:
-    """A packed weight [N, K], or E of them, that makes unit-size outputs of unit-size inputs."""
+def synthetic_weight(
+    format: Format, n_blocks: int, n: int, k: int, pattern: PackedLinear | None = None
+) -> PackedLinear:
+    """A packed weight [N, K], or E of them, filled with copies of a pattern's panels.
+
+    Args:
+        pattern: from `pattern_of` with the same format and inputs; None makes one.
+    """
+    pattern = pattern or pattern_of(format, k)
     packed = PackedLinear.empty(format, n, k, group=GROUP, n_blocks=n_blocks)
-    rows_NK = torch.randn(DISTINCT_ROWS, k) * k**-0.5
-    pattern = PackedLinear.pack(rows_NK, format, group=GROUP)
     for whole, part in (
         (packed.data, pattern.data),
         (packed.scales, pattern.scales),
@@ -127,6 +134,11 @@ def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLin
     return packed
 
 
+def pattern_of(format: Format, k: int) -> PackedLinear:
+    """A few packed rows that make unit-size outputs of unit-size inputs."""
+    return PackedLinear.pack(torch.randn(DISTINCT_ROWS, k) * k**-0.5, format, group=GROUP)
+
+
 def repeat_into(whole: Tensor, part: Tensor) -> None:
     """Fill a vector with copies of another one, the last one cut off."""
     for start in range(0, whole.numel(), max(1, part.numel())):
@@ -134,31 +146,48 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
         piece.copy_(part[: piece.numel()])
 
 
-def synthetic_target(config: Gemma4Config, ops: CpuOps, n_positions: int) -> Gemma4:
+def synthetic_target(
+    config: TargetConfig, ops: Ops, n_positions: int, family: Family = GEMMA4
+) -> TargetModel:
     """A target whose weights `ops` makes up (or only counts)."""
-    return Gemma4(config, placeholders(expected_tensors(config)), ops, n_positions)
+    weights = placeholders(family.expected_tensors(config), ops.device)
+    return family.build(config, weights, ops, n_positions)
 
 
-def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:
+def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> Gemma4Assistant:
     """An assistant whose weights `ops` makes up (or only counts)."""
-    weights = placeholders(gemma4_assistant.expected_tensors(config))
+    weights = placeholders(gemma4_assistant.expected_tensors(config), ops.device)
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
-def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor]:
-    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order."""
-    made = {}
+def placeholders(
+    expected: Mapping[str, ExpectedTensor], device: torch.device | None = None
+) -> dict[str, Tensor | StoredWeight]:
+    """Matrices that are nothing but a shape; norms of ones, and tokens in their own order.
+
+    No tensors of PyTorch's `meta` device: making one loads 150 MB of code.
+    """
+    made: dict[str, Tensor | StoredWeight] = {}
     for name, tensor in expected.items():
         if tensor.dtype is not None:
-            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
+            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
-            made[name] = torch.ones(tensor.shape)
+            made[name] = torch.ones(tensor.shape, device=device)
         else:
-            made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+            made[name] = nothing_but_shape(tensor.shape)
     return made
 
 
-def _dimensions(shape: torch.Size) -> tuple[int, int, int]:
+def nothing_but_shape(shape: tuple[int, ...]) -> StoredWeight:
+    """A weight that cannot be read."""
+
+    def read(block: int, first: int, count: int) -> Rows:
+        raise AssertionError("a made-up weight has no values")
+
+    return StoredWeight("made up", shape, torch.bfloat16, "float", read)
+
+
+def _dimensions(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """E, N, K."""
     n, k = shape[-2:]
     return shape[0] if len(shape) == 3 else 1, n, k

@@ -21,7 +21,7 @@ from outdraft.engine.sequence import Sequence as Running
 from outdraft.request import SamplingParams
 
 PLAIN, CONTROLLER = "plain", "controller"
-MAX_JOINED = 4  # prompts of prompts.py in one prompt here: lengths differ up to so many times
+MAX_JOINED = 2  # prompts of prompts.py in one prompt here
 WARM_UP_TOKENS = 16
 
 
@@ -53,6 +53,7 @@ class Mode:
     """A way of decoding; `choose` switches an idle engine to it."""
 
     name: str
+    llm: LLM
     choose: Callable[[], None]
 
 
@@ -75,7 +76,7 @@ class Run:
 def mix_requests(
     prompts: Sequence[Prompt], n: int, max_tokens: int, ctx_size: int, seed: int
 ) -> list[Asked]:
-    """Requests of mixed lengths: 1 to 4 prompts joined, a quarter of `max_tokens` to all of it.
+    """Requests of mixed lengths: 1 or 2 prompts joined, a quarter of `max_tokens` to all of it.
 
     Prompts are cut at their front where the context is too short for prompt and answer.
     """
@@ -99,8 +100,8 @@ def own_modes(llm: LLM) -> list[Mode]:
         return lambda: llm.set_draft_n_max(k)
 
     longest = llm.pairing.n_draft_max
-    drafting = [Mode(f"k={k}", fixed(k)) for k in range(1, longest + 1)]
-    return [Mode(PLAIN, fixed(0)), *drafting, Mode(CONTROLLER, llm.set_draft_auto)]
+    drafting = [Mode(f"k={k}", llm, fixed(k)) for k in range(1, longest + 1)]
+    return [Mode(PLAIN, llm, fixed(0)), *drafting, Mode(CONTROLLER, llm, llm.set_draft_auto)]
 
 
 def answer_all(
@@ -139,16 +140,15 @@ def answer_all(
     return wall_s, answers
 
 
-def warm_up(llm: LLM, modes: Sequence[Mode], requests: Sequence[Asked], concurrency: int) -> None:
+def warm_up(modes: Sequence[Mode], requests: Sequence[Asked], concurrency: int) -> None:
     """Run every mode briefly, so that no measurement pays for first times."""
     brief = [Asked(r.prompt, min(r.max_tokens, WARM_UP_TOKENS)) for r in requests[:concurrency]]
     for mode in modes:
         mode.choose()
-        answer_all(llm, brief, concurrency)
+        answer_all(mode.llm, brief, concurrency)
 
 
 def measure_all(
-    llm: LLM,
     modes: Sequence[Mode],
     requests: Sequence[Asked],
     concurrencies: Sequence[int],
@@ -163,7 +163,7 @@ def measure_all(
         for concurrency in concurrencies:
             for mode in reversed(modes) if i % 2 else modes:
                 mode.choose()
-                wall_s, answers = answer_all(llm, requests, concurrency)
+                wall_s, answers = answer_all(mode.llm, requests, concurrency)
                 yield Run(mode.name, concurrency, i, wall_s, answers)
 
 

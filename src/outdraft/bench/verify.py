@@ -35,6 +35,9 @@ from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
 from outdraft.ops.base import PAGE_SLOTS
 from outdraft.request import SamplingParams
+from outdraft.speculate.compose import NgramFirst
+from outdraft.speculate.drafter import Drafter
+from outdraft.speculate.ngram import NgramDrafter
 
 CTX_SIZE = 1024  # past the sliding window of most models
 MAX_SEQUENCES = 8
@@ -166,6 +169,33 @@ def check_greedy(ladder: Ladder) -> str:
     return f"{len(ladder.prompts)} prompts, {N_NEW} tokens each, {tried}"
 
 
+def check_drafters(ladder: Ladder) -> str:
+    """Drafts from the text itself, alone and before the model's, against plain decoding."""
+    if not ladder.lengths:
+        return no_drafter(ladder)
+    llm, own = ladder.llm, ladder.llm.runner.drafter
+    assert own is not None
+    prompts = [ladder.cut(24) * 3, ladder.prompts[0]]
+    want = [plain(ladder, prompt) for prompt in prompts]
+    tried: dict[str, int] = {}
+    anything = NgramDrafter(min_match=1)  # drafts behind every token that was there before
+    several: list[Drafter] = [anything]
+    if not isinstance(own, (NgramDrafter, NgramFirst)):
+        several.append(NgramFirst(NgramDrafter(min_match=1), own))
+    for drafter in several:
+        before = llm.stats().drafts.n_drafted
+        llm.runner.drafter = drafter
+        try:
+            for i, got in enumerate(emit(ladder, prompts, [ladder.longest])):
+                compare(got, want[i], f"prompt {i}, drafts by {drafter.name}")
+        finally:
+            llm.runner.drafter = own
+        tried[drafter.name] = llm.stats().drafts.n_drafted - before
+        if not tried[drafter.name]:
+            raise Broken(f"{drafter.name} drafted nothing, so nothing was shown")
+    return ", ".join(f"{name}: {n} drafts" for name, n in tried.items())
+
+
 def check_batch(ladder: Ladder) -> str:
     """Mixed prompts together, drafts of no, of one, and of mixed lengths, against each alone."""
     batch = [
@@ -288,6 +318,7 @@ def check_distribution(ladder: Ladder) -> str:
 RUNGS: dict[str, tuple[str, Callable[[Ladder], str]]] = {
     "rows": ("1 to 9 rows in one pass against one by one", check_rows),
     "greedy": ("every draft length against plain decoding", check_greedy),
+    "drafters": ("drafts from the text itself against plain decoding", check_drafters),
     "batch": ("mixed prompts at once against each alone", check_batch),
     "chunks": ("prompts in parts against whole ones", check_chunks),
     "prefix": ("a cached prefix against a computed one", check_prefix),

@@ -65,7 +65,7 @@ def check_rule() -> Found:
         p, q = proof.table(target, params), proof.table(resembling, params)
         right = proof.continuation(p, (), vocab, k + 1)
         for name, drafts in (("drawn", proof.sampled_drafts), ("argmax", proof.argmax_drafts)):
-            decoder = proof.Decoder(p, drafts(q), verify.verify_sampled)
+            decoder = proof.Decoder(p, drafts(q), verify.verify_block)
             joint = proof.block_distribution(decoder, p, vocab, k)
             off = float((joint - right).abs().max())
             worst = max(worst, off)

@@ -6,6 +6,7 @@ cache. Not here: what is in the pages (memory.py), who runs when (engine/).
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from outdraft.cache.pages import PagePool
 from outdraft.cache.prefix import GroupRule, Node, PrefixCache
@@ -47,6 +48,11 @@ class PageBooks:
         self.prefix = PrefixCache(rules, page_slots) if prefix_cache else None
         self.chains: dict[str, list[Node]] = {}
         self.salts: dict[str, str] = {}
+        self.slots: dict[str, int] = {}
+        """A small number of each sequence, its own while it is open."""
+        self.changed: set[str] = set()
+        """Sequences whose tables changed; whoever keeps copies of them clears it."""
+        self._free_slots: list[int] = []
 
     def match(self, tokens: Sequence[int], salt: str, most: int) -> list[Node]:
         """Pages of the cache that a sequence of these tokens could begin with."""
@@ -73,11 +79,14 @@ class PageBooks:
             self.prefix.touch(chain)
         self.lengths[sequence], self.chains[sequence] = length, chain
         self.salts[sequence] = salt
+        self.slots[sequence] = heappop(self._free_slots) if self._free_slots else len(self.slots)
+        self.changed.add(sequence)
         return length
 
     def close(self, sequence: str) -> None:
         """A sequence is forgotten; its verified pages stay in the cache until they are needed."""
         del self.lengths[sequence], self.salts[sequence]
+        heappush(self._free_slots, self.slots.pop(sequence))
         chain = self.chains.pop(sequence)
         if self.prefix is not None:
             self.prefix.touch([node for node in chain if node.pages])
@@ -107,12 +116,16 @@ class PageBooks:
         return {name: len(g.tables[sequence].pages) for name, g in self.groups.items()}
 
     def reserve(self, sequence: str, n_rows: int) -> dict[str, list[int]]:
-        """Make room for n rows behind the length; new pages by group.
+        """Make room for n rows behind the length; new pages by group, {} if none were needed.
 
         Raises:
             CapacityError: too few pages; none is taken. The scheduler sees to it beforehand.
         """
         assert self._own(sequence), "the next row would change a page of others"
+        end = -(-(self.lengths[sequence] + n_rows) // self.page_slots)
+        if all(group.tables[sequence].end >= end for group in self.groups.values()):
+            return {}
+        self.changed.add(sequence)
         new: dict[str, list[int]] = {}
         for name, n in self.missing(sequence, n_rows).items():
             pool = self.groups[name].pool
@@ -179,6 +192,7 @@ class PageBooks:
             group.pool.hold(page)
             table.pages[index - table.first_page] = page
             group.pool.release([own])
+            self.changed.add(sequence)
 
     def trim(self, sequence: str) -> None:
         """Free pages that no later row sees. The length must be final: rollback comes first."""
@@ -192,6 +206,7 @@ class PageBooks:
                 group.pool.release(table.pages[:n_freed])
                 del table.pages[:n_freed]
                 table.first_page += n_freed
+                self.changed.add(sequence)
 
     def check(self) -> None:
         """Compare the books with the tables: free + used = total, and every hold has a holder."""
@@ -211,3 +226,5 @@ class PageBooks:
             idle = sum(h == 1 and c for h, c in zip(holds, flags, strict=True))
             assert pool.n_idle == idle, f"{name}: idle pages"
             assert group.tables.keys() == self.lengths.keys(), f"{name}: a table without a sequence"
+        assert self.slots.keys() == self.lengths.keys(), "a slot without a sequence"
+        assert len({*self.slots.values()}) == len(self.slots), "a slot twice"

@@ -1,29 +1,46 @@
 """`outdraft bench`: plain decoding against drafting. The measuring is that of bench/."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import remark, remarks, results, save
-from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
 
 if TYPE_CHECKING:
     from outdraft.bench.prompts import Prompt
-    from outdraft.bench.run import Arm, Run
+    from outdraft.bench.run import Arm, Peer, Run
     from outdraft.engine.engine import LLM
 
-Peer = Literal["transformers"]
+
+class PeerName(StrEnum):
+    """Engines to compare with; an enumeration because an option that repeats takes no literals."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+
+
+Peers = Annotated[
+    list[PeerName] | None,
+    typer.Option(help="Also run another engine on the same weights; may be repeated."),
+]
+LlamaServer = Annotated[
+    Path | None, typer.Option(help="llama.cpp's llama-server, where it is not found.")
+]
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     model: options.Model,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write a report here, and a chart beside it.")
@@ -36,47 +53,37 @@ def bench(
     prompt_dir: Annotated[
         Path | None, typer.Option(help="Cut prompts from the Python texts (*.txt, *.py) in here.")
     ] = None,
-    peer: Annotated[
-        Peer | None, typer.Option(help="Also run another engine on the same weights: transformers.")
-    ] = None,
+    peer: Peers = None,
+    llama_server: LlamaServer = None,
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
     kv_dtype: options.KvType = "bf16",
     threads: options.Threads = None,
+    cache: options.Cache = True,
+    cache_dir: options.CacheDir = None,
+    cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
 ) -> None:
     """Measure plain decoding against drafting, by kind of prompt.
 
     Greedy and sampled, interleaved on one engine, on held-out code, JSON, prose and repetition.
     Two words are no model: `bench kernels` times single kernels, `bench shape` a published shape.
     """
-    config = EngineConfig(
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        sample_drafts=spec_draft_sample,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        max_sequences=1,
-        threads=threads,
-    )
     greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
-    sampled = SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed
-    )
+    sampled = replace(greedy, temperature=temperature)
     if sampled.greedy:
-        raise OutdraftError(
-            "temperature is 0", "greedy decoding is measured anyway; give one above 0"
-        )
+        raise OutdraftError("temperature is 0", "greedy is measured anyway; give one above 0")
     from outdraft.cli.streaming import load
 
-    llm = load(model, config)
+    llm = load(model, options.engine_config(ctx.params, max_sequences=1))
     chosen = find_prompts(llm, prompt_dir, prompts, seed)
-    report = compare(llm, chosen, greedy, sampled, repeat, peer)
+    with ExitStack() as stack:
+        peers = start_peers(llm, dict.fromkeys(peer or ()), llama_server, stack)
+        report = compare(llm, chosen, greedy, sampled, repeat, peers)
     report["settings"] = {"model": model, "repeats": repeat, **settings_of(llm, sampled)}
     show(report)
     if json_file is not None:
@@ -124,29 +131,15 @@ def compare(
     greedy: SamplingParams,
     sampled: SamplingParams,
     repeats: int,
-    peer: str | None,
+    peers: "Sequence[Peer]" = (),
 ) -> dict[str, Any]:
-    """Measure everything; the report without its settings.
-
-    Raises:
-        OutdraftError: there is no drafter, or the peer cannot be used.
-    """
+    """Measure everything; the report without its settings."""
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.report import compare_peer, headline, summarise
     from outdraft.bench.run import own_arms
 
-    if llm.pairing.drafter is None or llm.pairing.path is None:
-        raise OutdraftError(
-            f"there is nothing to compare: {llm.pairing.reason}",
-            "give the drafter with --assistant, and a --spec-draft-n-max above 0",
-        )
     arms = own_arms(llm, llm.pairing.n_draft_max)
-    theirs: list[Arm] = []
-    about: dict[str, Any] = {}
-    if peer is not None:
-        from outdraft.bench.peers.transformers import peer_arms
-
-        theirs, about = peer_arms(llm.target, llm.pairing.path, llm.pairing.n_draft_max)
+    theirs = [arm for peer in peers for arm in peer.arms]
     greedy_runs = measure("greedy", [*arms, *theirs], prompts, greedy, repeats)
     sampled_runs = measure("sampled", arms, prompts, sampled, repeats)
     in_greedy, in_sampled = summarise(greedy_runs), summarise(sampled_runs)
@@ -163,10 +156,47 @@ def compare(
         "machine": describe_machine(),
         **describe_version(),
     }
-    if theirs:
-        plain, assisted = (arm.name for arm in theirs)
-        report["peer"] = about | compare_peer(greedy_runs, plain, assisted)
+    if peers:
+        report["peers"] = {
+            peer.about["name"]: peer.about
+            | compare_peer(greedy_runs, peer.arms[0].name, [arm.name for arm in peer.arms[1:]])
+            for peer in peers
+        }
     return report
+
+
+def start_peers(
+    llm: "LLM", names: Collection[PeerName], llama_server: Path | None, stack: ExitStack
+) -> "list[Peer]":
+    """The engines to compare with; what they hold is released with the stack.
+
+    Raises:
+        OutdraftError: there is no drafter, or a peer cannot be used.
+    """
+    from outdraft.models.gemma4_config import Gemma4Config
+
+    if llm.pairing.drafter is None or llm.pairing.path is None:
+        raise OutdraftError(
+            f"there is nothing to compare: {llm.pairing.reason}",
+            "give the drafter with --assistant, and a --spec-draft-n-max above 0",
+        )
+    peers: list[Peer] = []
+    if names and not isinstance(llm.target.config, Gemma4Config):
+        raise OutdraftError(
+            "--peer compares Gemma 4 with its assistant only", "leave it out for other models"
+        )
+    for name in names:
+        with remarks().status(f"starting {name}"):
+            if name is PeerName.TRANSFORMERS:
+                from outdraft.bench.peers import transformers
+
+                path, k = llm.pairing.path, llm.pairing.n_draft_max
+                peers.append(transformers.build_peer(llm.target, path, k))
+            else:
+                from outdraft.bench.peers import llama_cpp
+
+                peers.append(stack.enter_context(llama_cpp.build_peer(llm, llama_server)))
+    return peers
 
 
 def measure(
@@ -215,8 +245,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(table("greedy", report["kinds"] | {"all": report["overall"]}))
     title = f"temperature {settings['temperature']}"
     console.print(table(title, sampled["kinds"] | {"all": sampled["overall"]}))
-    if "peer" in report:
-        console.print(peer_table(report["peer"]))
+    for peer in report.get("peers", {}).values():
+        console.print(peer_table(peer))
     costs = report["overall"]
     console.print(
         f"In passes of plain decoding, a draft step costs {costs['draft_step_cost']:.2f} "
@@ -249,20 +279,23 @@ def table(mode: str, kinds: dict[str, dict[str, Any]]) -> Any:
 
 
 def peer_table(peer: dict[str, Any]) -> Any:
-    """A rich table of a peer's figures, and ours over its."""
+    """A rich table of a peer's figures, and ours over its: its best mode may be its plain one."""
+    kinds = peer["kinds"] | {"all": peer["overall"]}
     made = new_table(
-        f"{peer['name']} {peer['version']}, greedy: tokens per second,\n"
-        "assisted answers equal to its plain ones, our speed over its",
-        ["plain", "assisted", "equal", "ours plain", "ours drafting"],
+        f"{peer['name']} {peer['version']}, greedy: tokens per second (medians),\n"
+        f"{peer['assisted']} answers equal to its plain ones, our speed over its;\n"
+        f"its best over all prompts: {peer['best']}",
+        ["plain", "assisted", "equal", "ours plain", "drafting", "/ its best"],
     )
-    for kind, figures in (peer["kinds"] | {"all": peer["overall"]}).items():
+    for kind, figures in kinds.items():
         made.add_row(
             kind,
-            f"{figures['plain_tok_s']:.1f}",
-            f"{figures['assisted_tok_s']:.1f}",
+            f"{figures['plain_median_tok_s']:.1f}",
+            f"{figures['assisted_median_tok_s']:.1f}",
             figures["assisted_equals_its_plain"],
             f"{figures['ours_over_its_plain']:.2f}",
             f"{figures['ours_drafting_over_its_assisted']:.2f}",
+            f"{figures['ours_drafting_over_its_best']:.2f}",
         )
     return made
 

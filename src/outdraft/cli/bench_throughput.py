@@ -1,83 +1,122 @@
 """`outdraft bench throughput`: many requests at once. The measuring is bench/throughput.py's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from outdraft.cli import options
 from outdraft.cli.bench import find_prompts, new_table
 from outdraft.cli.console import remarks, results, save
-from outdraft.config import EngineConfig
+from outdraft.config import EngineConfig, SpecType
 from outdraft.errors import OutdraftError
 
 if TYPE_CHECKING:
-    from outdraft.bench.throughput import Asked, Run
+    from outdraft.bench.throughput import Asked, Mode, Run
     from outdraft.engine.engine import LLM
 
 PROMPTS_PER_KIND = 8
 
+Text = Literal["mixed", "edits", "random"]
+DrafterArm = Literal["own", "random", "ngram"]
+
 app = typer.Typer(add_completion=False)
+
+
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", help="Write a report here, and a chart beside it; - prints the report."),
+]
 
 
 @app.command()
 def bench_throughput(
     model: options.Model,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", help="Write a report here, and a chart beside it; - prints the report."
-        ),
-    ] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests in progress.")] = "1,2,4,8,16",
+    json_file: JsonFile = None,
+    concurrency: Annotated[str, typer.Option(help="Requests in progress.")] = "1,4,16",
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests a run; twice the highest concurrency.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=4, help="Most tokens of an answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Most tokens of an answer.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each mode.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and lengths.")] = 0,
+    text: Annotated[
+        Text, typer.Option(help="Code, JSON, prose and edits; edits alone; or random tokens.")
+    ] = "mixed",
+    drafter: Annotated[
+        DrafterArm,
+        typer.Option(
+            help="The model's own; with random weights; or with n-grams, against either alone."
+        ),
+    ] = "own",
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
     kv_dtype: options.KvType = "bf16",
+    kv_cache_tokens: options.KvCacheTokens = None,
     threads: options.Threads = None,
 ) -> None:
     """Measure many requests at once: plain, fixed draft lengths, and lengths chosen while running.
 
     Greedy, prompts and answers of mixed lengths, each run the same requests; no prefix cache.
+    "controller" chooses lengths; with `--drafter ngram` from n-grams and the assistant.
     """
     wanted = read_concurrencies(concurrency)
     config = EngineConfig(
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
+        device=device,
         backend=backend,
         dtype=dtype,
         quant=quant,
         kv_dtype=kv_dtype,
+        kv_cache_tokens=kv_cache_tokens,
         max_sequences=wanted[-1],
         prefix_cache=False,  # prompts come again in every run and would be computed only once
         threads=threads,
     )
-    from outdraft.bench.machine import describe_machine, describe_version
-    from outdraft.bench.throughput import mix_requests, summarise
-    from outdraft.cli.streaming import load
-
-    llm = load(model, config)
-    check(llm, max_tokens)
-    prompts = find_prompts(llm, None, PROMPTS_PER_KIND, seed)
-    asked = mix_requests(prompts, requests or 2 * wanted[-1], max_tokens, llm.ctx_size, seed)
-    report = summarise(measure(llm, asked, wanted, rounds))
-    report["settings"] = settings_of(llm, asked) | {
+    settings: dict[str, Any] = {
         "model": model,
+        "text": text,
+        "drafts": drafter,
         "rounds": rounds,
         "seed": seed,
         "max_tokens": max_tokens,
     }
-    report |= {"machine": describe_machine(), **describe_version()}
-    deliver(report, json_file)
+    deliver(report_of(settings, config, wanted, requests or 2 * wanted[-1]), json_file)
+
+
+def report_of(
+    settings: dict[str, Any], config: EngineConfig, concurrencies: list[int], n: int
+) -> dict[str, Any]:
+    """Load, measure with n requests, and give the report; `settings` become part of it."""
+    from outdraft.bench.arms import modes_of, of_text, random_requests
+    from outdraft.bench.machine import describe_machine, describe_version
+    from outdraft.bench.throughput import mix_requests, summarise
+    from outdraft.cli.streaming import load
+
+    model, seed, max_tokens = (settings[name] for name in ("model", "seed", "max_tokens"))
+    llm = load(model, config)
+    check(llm, max_tokens)
+    if settings["text"] == "random":
+        asked = random_requests(llm, n, max_tokens, seed)
+    else:
+        prompts = of_text(find_prompts(llm, None, PROMPTS_PER_KIND, seed), settings["text"])
+        asked = mix_requests(prompts, n, max_tokens, llm.ctx_size, seed)
+
+    def load_with(drafter: SpecType) -> "LLM":
+        assistant = None if drafter == "ngram" else config.assistant
+        return load(model, replace(config, spec_type=drafter, assistant=assistant))
+
+    modes = modes_of(llm, settings["drafts"], seed, load_with)
+    report = summarise(measure(modes, asked, concurrencies, settings["rounds"]))
+    report["settings"] = settings_of(llm, asked) | settings
+    return report | {"machine": describe_machine(), **describe_version()}
 
 
 def deliver(report: dict[str, Any], json_file: str | None) -> None:
@@ -136,7 +175,9 @@ def settings_of(llm: "LLM", asked: "list[Asked]") -> dict[str, Any]:
     }
 
 
-def measure(llm: "LLM", asked: "list[Asked]", concurrencies: list[int], rounds: int) -> "list[Run]":
+def measure(
+    modes: "list[Mode]", asked: "list[Asked]", concurrencies: list[int], rounds: int
+) -> "list[Run]":
     """All runs, behind a progress bar that shows the newest rate."""
     from rich.progress import (
         BarColumn,
@@ -146,7 +187,7 @@ def measure(llm: "LLM", asked: "list[Asked]", concurrencies: list[int], rounds: 
         TimeRemainingColumn,
     )
 
-    from outdraft.bench.throughput import measure_all, own_modes, warm_up
+    from outdraft.bench.throughput import measure_all, warm_up
 
     columns = (
         BarColumn(),
@@ -154,12 +195,12 @@ def measure(llm: "LLM", asked: "list[Asked]", concurrencies: list[int], rounds: 
         TimeRemainingColumn(),
         TextColumn("{task.fields[newest]}"),
     )
-    modes, runs = own_modes(llm), []
+    runs = []
     with Progress(*columns, console=remarks()) as progress:
         total = len(modes) * len(concurrencies) * rounds
         task = progress.add_task("", total=total, newest="warming up")
-        warm_up(llm, modes, asked, concurrencies[-1])
-        for run in measure_all(llm, modes, asked, concurrencies, rounds):
+        warm_up(modes, asked, concurrencies[-1])
+        for run in measure_all(modes, asked, concurrencies, rounds):
             runs.append(run)
             newest = f"{run.concurrency} at once, {run.mode}: {run.tok_s:.0f} tokens/s"
             progress.update(task, advance=1, newest=newest)

@@ -5,25 +5,32 @@ itself, run over tensors without data. Not here: how the facts are shown (inspec
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from outdraft.cache.memory import KVLayer
+from outdraft.bench.synthetic import CountingOps, synthetic_assistant, synthetic_target
+from outdraft.cache.memory import LayerMemory, kv_layers
+from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.errors import ModelError, OutdraftError
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
-from outdraft.models.registry import family_of
+from outdraft.models.layers import TargetConfig
+from outdraft.models.registry import CANDIDATES, DTYPES, family_of, open_weights
+from outdraft.ops.packed import Format
 from outdraft.speculate.build import read_assistant_config
 from outdraft.text.chat import ChatTemplate
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.find import find_assistant
-from outdraft.weights.load import ExpectedTensor, IgnoreRule, open_tensors
+from outdraft.weights.int4 import int4_scheme
+from outdraft.weights.load import ExpectedTensor, IgnoreRule
+from outdraft.weights.packed_cache import PackedCache, packing_key
 from outdraft.weights.quantise import is_int8_channel
 
 KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
@@ -65,7 +72,10 @@ class Problem:
 class Checkup:
     """Facts about one directory; what could not be found out is None or empty.
 
-    `kv_bytes_per_token`: by group of layers, of `window` positions at most where there is one.
+    `packed_bytes`: what the kernels' weights take, by `--quant`; `packed_files`: those of them that
+    are in the cache. `kv_bytes_per_token`: by group of layers, of `window` positions at most where
+    there is one. `state_bytes`: of one state of all recurrent layers; a sequence has k + 2 of them
+    with drafts of up to k tokens.
     """
 
     path: Path
@@ -78,8 +88,11 @@ class Checkup:
     params_by_group: dict[str, int] = field(default_factory=dict)
     quantisation: str | None = None
     ignored: list[dict[str, str | int]] = field(default_factory=list)
+    packed_bytes: dict[str, int] = field(default_factory=dict)
+    packed_files: dict[str, str] = field(default_factory=dict)
     kv_bytes_per_token: dict[str, int] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
+    state_bytes: int = 0
     tokenizer: dict[str, object] = field(default_factory=dict)
     drafter: "Checkup | None" = None
     drafter_reason: str | None = None
@@ -96,23 +109,55 @@ class Checkup:
         self.problems.append(Problem(where, error.message, error.hint))
 
 
-def examine(path: Path, assistant: str | None = None) -> Checkup:
+def examine(path: Path, assistant: str | None = None, cache: PackedCache | None = None) -> Checkup:
     """Look at a target's or an assistant's directory.
 
     Args:
         assistant: the drafter to pair a target with; None looks for one.
+        cache: where to look for its packed weights.
     """
     found = Checkup(path)
     raw = _read_config(found)
     checkpoint = _open_weights(found)
     if found.model_type in ASSISTANT_TYPES:
-        _examine_assistant(found, raw, checkpoint)
+        config = _examine_assistant(found, raw, checkpoint)
+        if config is not None and checkpoint is not None:
+            note_packed(found, raw, checkpoint, _counter(config), config.text.dtype, cache)
         return found
-    config = _examine_target(found, raw, checkpoint)
+    target = _examine_target(found, raw, checkpoint)
+    if target is not None and checkpoint is not None:
+        build = partial(synthetic_target, target, n_positions=1, family=family_of(raw, path))
+        note_packed(found, raw, checkpoint, build, target.dtype, cache)
     _read_text(found)
-    if config is not None:
-        _find_drafter(found, config, assistant)
+    if target is not None:
+        _find_drafter(found, target, assistant, cache)
     return found
+
+
+def _counter(config: AssistantConfig) -> Callable[[CountingOps], object]:
+    return partial(synthetic_assistant, config, n_positions=1)
+
+
+def note_packed(
+    found: Checkup,
+    raw: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    build: Callable[[CountingOps], object],
+    dtype: str,
+    cache: PackedCache | None,
+) -> None:
+    """Count what the kernels' weights take in each format, and look for their files."""
+    is_drafter = found.model_type in ASSISTANT_TYPES
+    formats: tuple[Format, ...] = ("w8", "bf16") if is_drafter else ("w4", "w8", "bf16")
+    for format in formats:
+        ops = CountingOps(format)
+        build(ops)
+        found.packed_bytes[format] = ops.n_bytes
+        if cache is None or found.problems or dtype not in DTYPES:
+            continue
+        path = cache.path(packing_key(checkpoint, raw, format, CANDIDATES, DTYPES[dtype]))
+        if path.exists():
+            found.packed_files[format] = str(path)
 
 
 def _read_config(found: Checkup) -> Mapping[str, Any]:
@@ -123,10 +168,23 @@ def _read_config(found: Checkup) -> Mapping[str, Any]:
         return {}
     found.model_type = raw.get("model_type")
     try:
-        found.quantisation = "int8, one scale a row" if is_int8_channel(raw) else None
+        found.quantisation = quantisation_of(raw)
     except ModelError as error:
         found.note("quantisation", error)
     return raw
+
+
+def quantisation_of(raw: Mapping[str, Any]) -> str | None:
+    """What a config declares of its weights, in words; None for floating point.
+
+    Raises:
+        ModelError: a quantisation that is not supported.
+    """
+    four = int4_scheme(raw)
+    if four is not None:
+        zeros = " with zero-points" if four.zero_points else ""
+        return f"int4 ({four.method}), one scale for {four.group} inputs{zeros}"
+    return "int8, one scale a row" if is_int8_channel(raw) else None
 
 
 def _open_weights(found: Checkup) -> Checkpoint | None:
@@ -146,7 +204,7 @@ def _open_weights(found: Checkup) -> Checkpoint | None:
 
 def _examine_target(
     found: Checkup, raw: Mapping[str, Any], checkpoint: Checkpoint | None
-) -> Gemma4Config | None:
+) -> TargetConfig | None:
     if not raw:
         return None
     try:
@@ -156,7 +214,7 @@ def _examine_target(
     except ModelError as error:
         found.note("config", error)
         return None
-    found.shape = describe(config)
+    found.shape = family.describe(config)
     _count_memory(found, layers)
     _check_tensors(
         found,
@@ -164,7 +222,7 @@ def _examine_target(
         family.expected_tensors(config),
         family.ignore_rules(config),
         family.prefixes,
-        is_int8=found.quantisation is not None,
+        raw,
     )
     return config
 
@@ -181,7 +239,7 @@ def _examine_assistant(
     found.n_draft_default = config.n_draft_default
     head = f"ordered, {config.n_centroids} centroids" if config.ordered else "dense"
     found.shape = {
-        **describe(config.text),
+        **gemma4_config.describe(config.text),
         "target's hidden size": config.backbone_hidden_size,
         "head": head,
     }
@@ -191,7 +249,7 @@ def _examine_assistant(
         gemma4_assistant.expected_tensors(config),
         gemma4_assistant.ignore_rules(config),
         gemma4_assistant.PREFIXES,
-        is_int8=found.quantisation is not None,
+        raw,
     )
     return config
 
@@ -202,8 +260,7 @@ def _check_tensors(
     expected: Mapping[str, ExpectedTensor],
     ignore: Sequence[IgnoreRule],
     prefixes: Sequence[str],
-    *,
-    is_int8: bool,
+    raw: Mapping[str, Any],
 ) -> None:
     """Load without data: the same errors, and the same report."""
     groups: Counter[str] = Counter()
@@ -211,16 +268,11 @@ def _check_tensors(
         group = next(label for part, label in PARAMETER_GROUPS if part in name)
         groups[group] += torch.Size(tensor.shape).numel()
     found.params_by_group = dict(groups.most_common())
-    if checkpoint is None:
+    if checkpoint is None or any(p.where == "quantisation" for p in found.problems):
         return
     try:
-        _, report = open_tensors(
-            checkpoint,
-            expected,
-            ignore,
-            prefixes=prefixes,
-            dtype=torch.float32,
-            int8_channel=is_int8,
+        _, report, _ = open_weights(
+            checkpoint, raw, expected, ignore, prefixes=prefixes, dtype=torch.float32
         )
     except ModelError as error:
         found.note("weights", error)
@@ -231,8 +283,11 @@ def _check_tensors(
     ]
 
 
-def _count_memory(found: Checkup, layers: Sequence[KVLayer]) -> None:
-    for index, layer in enumerate(layers):
+def _count_memory(found: Checkup, layers: Sequence[LayerMemory]) -> None:
+    for layer in layers:
+        if isinstance(layer, RecurrentLayer):
+            found.state_bytes += layer.n_bytes
+    for index, layer in kv_layers(layers).items():
         if layer.source == index:
             n_bytes = 2 * layer.n_kv_heads * layer.head_dim * KV_BYTES
             before = found.kv_bytes_per_token.get(layer.group, 0)
@@ -256,7 +311,14 @@ def _read_text(found: Checkup) -> None:
     }
 
 
-def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> None:
+def _find_drafter(
+    found: Checkup, config: TargetConfig, asked: str | None, cache: PackedCache | None
+) -> None:
+    if not isinstance(config, Gemma4Config):
+        found.drafter_reason = (
+            "assistants are made for Gemma 4; give a smaller model by --assistant"
+        )
+        return
     try:
         choice = find_assistant(found.path, asked)
     except ModelError as error:
@@ -267,42 +329,15 @@ def _find_drafter(found: Checkup, config: Gemma4Config, asked: str | None) -> No
         return
     drafter = Checkup(choice.path)
     found.drafter = drafter
-    assistant = _examine_assistant(drafter, _read_config(drafter), _open_weights(drafter))
+    raw, checkpoint = _read_config(drafter), _open_weights(drafter)
+    assistant = _examine_assistant(drafter, raw, checkpoint)
+    if assistant is not None and checkpoint is not None:
+        note_packed(drafter, raw, checkpoint, _counter(assistant), config.dtype, cache)
     if assistant is not None:
         try:
             gemma4_assistant.check_pair(config, assistant)
         except ModelError as error:
             drafter.note("pairing", error)
-
-
-def describe(config: Gemma4Config) -> dict[str, str | int | float]:
-    """A text model's shape in the terms of its config."""
-    kinds = Counter(kind.removesuffix("_attention") for kind in config.layer_types)
-    shape: dict[str, str | int | float] = {
-        "layers": f"{config.n_layers} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
-        "hidden size": config.hidden_size,
-        "MLP": config.intermediate_size,
-        "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
-        "window": config.sliding_window,
-        "type": config.dtype,
-    }
-    for kind in dict.fromkeys(config.layer_types):
-        heads = config.attention[config.layer_types.index(kind)]
-        values = ", values made from keys" if heads.k_eq_v else ""
-        shape[f"{kind.removesuffix('_attention')} heads"] = (
-            f"{heads.n_heads} query, {heads.n_kv_heads} key/value of {heads.head_dim}{values}"
-        )
-    if config.num_kv_shared_layers:
-        shape["layers that share keys and values"] = config.num_kv_shared_layers
-    if config.ple_size:
-        shape["per-layer embedding"] = config.ple_size
-    if config.moe is not None:
-        shape["experts"] = (
-            f"{config.moe.n_experts}, {config.moe.top_k} a token, "
-            f"inner size {config.moe.intermediate_size}"
-        )
-    return shape
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -63,30 +63,21 @@ def generate(
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
     kv_dtype: options.KvType = "bf16",
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    cache: options.Cache = True,
+    cache_dir: options.CacheDir = None,
+    cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Continue a text, streaming, with accepted drafts in colour."""
     params = options.sampling_params(ctx.params)
-    config = EngineConfig(
-        spec_type=spec_type,
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        draft_n=spec_draft_n,
-        sample_drafts=spec_draft_sample,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        ctx_size=ctx_size,
-        max_sequences=1,
-        threads=threads,
-    )
+    config = options.engine_config(ctx.params, max_sequences=1)
     asked = read_prompt(model, prompt, prompt_file, prompt_tokens)
     completion = run(model, config, asked, params, as_json=as_json)
     if completion.finish_reason is FinishReason.ABORT:

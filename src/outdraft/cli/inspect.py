@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ app = typer.Typer(add_completion=False)
 def inspect(
     model: options.Model,
     assistant: options.Assistant = None,
+    cache_dir: options.CacheDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Say what a model directory holds, what fits and what is missing.
@@ -30,8 +32,10 @@ def inspect(
     """
     from outdraft.cli.checkup import examine
     from outdraft.weights.find import resolve_model
+    from outdraft.weights.packed_cache import PackedCache
 
-    found = examine(resolve_model(model), assistant)
+    cache = PackedCache(Path(cache_dir) if cache_dir else options.default_cache_dir())
+    found = examine(resolve_model(model), assistant, cache)
     if as_json:
         print(json.dumps(as_object(found), ensure_ascii=False, indent=2))
     else:
@@ -99,8 +103,15 @@ def facts(found: "Checkup") -> list[tuple[str, str]]:
         rows.append(("  elements", stored))
     if found.shape:
         rows.append(("quantisation", found.quantisation or "none"))
+    if found.packed_bytes:
+        sizes = (f"{size(n)} {format}" for format, n in found.packed_bytes.items())
+        rows.append(("packed", ", ".join(sizes)))
+        rows += [(f"  kept {format}", path) for format, path in found.packed_files.items()]
     for ignored in found.ignored:
         rows.append(("left out", f"{ignored['count']} tensors: {ignored['reason']}"))
+    if found.state_bytes:
+        each = f"{size(found.state_bytes)}, k + 2 of them a sequence with drafts of up to k"
+        rows.append(("recurrent state", each))
     for group, n_bytes in found.kv_bytes_per_token.items():
         window = f", at most {found.windows[group]} positions" if group in found.windows else ""
         rows.append((f"KV of {group}", f"{size(n_bytes)} a token{window}"))

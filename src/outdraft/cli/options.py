@@ -4,13 +4,14 @@ What they mean is said in config.py and, for those of sampling, in request.py.
 """
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from outdraft.config import Backend, DType, KvDType, Quant, SpecType
+from outdraft.config import Backend, Device, DType, EngineConfig, KvDType, Quant, SpecType
 from outdraft.errors import SamplingError
 from outdraft.request import SamplingParams
 
@@ -28,7 +29,8 @@ Spec = Annotated[
     SpecType,
     typer.Option(
         "--spec-type",
-        help="Which drafter: auto, off, gemma4-assistant, ngram or ngram+gemma4-assistant.",
+        help="Which drafter: auto, off, gemma4-assistant, draft-model, mtp, ngram, or "
+        "ngram+gemma4-assistant.",
     ),
 ]
 DraftMax = Annotated[
@@ -50,6 +52,9 @@ DraftSample = Annotated[
         help="At temperature above 0, draw drafts instead of taking the most probable token.",
     ),
 ]
+Card = Annotated[
+    Device, typer.Option("--device", help="cpu, cuda (one GPU, through Triton), or auto.")
+]
 Kernels = Annotated[
     Backend,
     typer.Option("--backend", help="cpu (compiled), reference (PyTorch), or auto."),
@@ -58,12 +63,39 @@ Compute = Annotated[
     DType,
     typer.Option("--dtype", help="Type of the reference: auto, bfloat16, float16 or float32."),
 ]
-Bits = Annotated[Quant, typer.Option("--quant", help="Weights of cpu: auto, bf16, w8 or w4.")]
+Bits = Annotated[
+    Quant, typer.Option("--quant", help="Weights of cpu and cuda: auto, bf16, w8 or w4.")
+]
 KvType = Annotated[KvDType, typer.Option("--kv-dtype", help="Keys and values of cpu.")]
 CtxSize = Annotated[
     int | None, typer.Option(help="Longest sequence in tokens; the model's, at most 8192.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; left to PyTorch if not given.")]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep packed weights here; the user's cache, for large models, if not given."
+    ),
+]
+Cache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep packed weights for the next start.")
+]
+CacheMax = Annotated[
+    int, typer.Option("--cache-max-gb", help="Remove the least recently used beyond this.")
+]
+CACHE_MAX_GB = 100
+CACHE_MIN_MB = 256  # packing less than that takes about a second
+MaxSequences = Annotated[int, typer.Option("--max-sequences", help="Requests in progress at once.")]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", help="Requests that may wait; more are refused.")
+]
+KvCacheTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-cache-tokens",
+        help="Positions of keys and values for all requests together; four of the longest.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the tokens that make up this probability.")]
@@ -103,6 +135,48 @@ Thinking = Annotated[
     int | None,
     typer.Option("--max-thinking-tokens", help="Close the reasoning block after so many tokens."),
 ]
+
+
+ENGINE_NAMES = {
+    "spec_draft_n_max": "draft_n_max",
+    "spec_draft_n": "draft_n",
+    "spec_draft_sample": "sample_drafts",
+}
+
+
+def engine_config(given: dict[str, Any], **fixed: Any) -> EngineConfig:
+    """The engine's configuration from a verb's options, those of them that it has.
+
+    Args:
+        fixed: fields that the verb itself decides.
+    """
+    named = {ENGINE_NAMES.get(name, name): value for name, value in given.items()}
+    known = {field.name for field in fields(EngineConfig)}
+    values = {name: value for name, value in named.items() if name in known}
+    if "cache" in given:
+        values |= cache_settings(given["cache"], given["cache_dir"], given["cache_max_gb"])
+    return EngineConfig(**(values | fixed))
+
+
+def cache_settings(cache: bool, cache_dir: str | None, max_gb: int) -> dict[str, Any]:
+    """What a verb's cache options say, as fields of `EngineConfig`.
+
+    A directory that is named keeps models of any size; the user's cache only large ones.
+    """
+    if not cache:
+        return {"cache_dir": None}
+    return {
+        "cache_dir": str(default_cache_dir()) if cache_dir is None else cache_dir,
+        "cache_min_mb": CACHE_MIN_MB if cache_dir is None else 0,
+        "cache_max_gb": max_gb,
+    }
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/outdraft/packed, or ~/.cache/outdraft/packed."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
+    return root / "outdraft" / "packed"
 
 
 def sampling_params(given: dict[str, Any]) -> SamplingParams:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from outdraft.cli.console import harmless, remark, remarks, results
+from outdraft.cli.loading import loading_bar
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM, Completion, completion_of
 from outdraft.request import SamplingParams, TokenEvent
@@ -32,8 +33,8 @@ MODEMS = {
 
 def load(model: str, config: EngineConfig) -> LLM:
     """Load a model and say on stderr what runs, what drafts and why, and what was left out."""
-    with remarks().status(f"loading {harmless(model)}"):
-        llm = LLM(model, config)
+    with loading_bar(model) as loading:
+        llm = LLM(model, config, loading)
     target = llm.target
     n_params = target.report.n_params
     remark(

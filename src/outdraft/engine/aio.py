@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM, Completion, completion_of
 from outdraft.engine.sequence import Sequence
+from outdraft.engine.stats import EngineStats
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams, TokenEvent
 
@@ -126,6 +127,10 @@ class AsyncLLM:
     def abort(self, request_id: str) -> None:
         """End a request before the next step; its stream gets the last event. Any thread may."""
         self._post(_Abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """The engine as it is now, at most a step behind. Any thread may ask."""
+        return self.llm.stats()
 
     async def _events(self, sequence: Sequence) -> AsyncGenerator[TokenEvent, None]:
         mailbox = _Mailbox(asyncio.get_running_loop())

@@ -1,83 +1,129 @@
-"""What a pass and a draft round cost here, measured once on a scratch sequence when a model loads.
+"""What a pass and a draft round cost here, measured once on scratch sequences when a model loads.
 
-One sequence, 1 to k + 1 rows and rounds of 1 to k, in a fraction of a second; a model too slow for
-that is measured as it runs. Memory is left as it was. Not here: what is made of it (lengths.py).
-
-Shapes: T rows, H hidden size.
+Passes of 1 to as many rows as a batch may have, rounds for 1 to as many sequences, in a fraction of
+a second; what a slow model leaves unmeasured is interpolated, and learned as it runs. Memory is
+left as it was. Not here: what is made of it (speculate/costs.py).
 """
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.graphs import TargetPass
+from outdraft.engine.graphs import MAX_RECORDED_ROWS, Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.models.registry import Target
+from outdraft.ops.record import Recordable
 from outdraft.request import SamplingParams
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
 from outdraft.speculate.length import LengthController
 
 SCRATCH = "cost measurement"
-CONTEXT = 32
-MAX_DEPTH = 12  # drafters keep few recordings
-BUDGET_S = 0.4
-REPEATS = 3
+CONTEXT = 256
+BUDGET_S = 0.6
+RECORD_S = 0.3
+GRAPH_BUDGET_S = 6.0  # where a call runs and is captured before it can be replayed
+REPEATS = 2
+SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
+OWN_CONTEXT = 16  # for drafters that have to read it themselves
+STRIDE = 7919  # tokens that differ, since equal ones would go to the same experts
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What is measured. Nothing runs on it meanwhile."""
+
+    target: Target
+    target_pass: TargetPass
+    drafter: Drafter
+    memory: Memory
 
 
 @torch.inference_mode()
 def measure_costs(
     lengths: AutoLengths,
-    target: Target,
-    target_pass: TargetPass,
-    drafter: Drafter,
-    memory: Memory,
+    bench: Bench,
     n_draft_max: int,
+    max_sequences: int,
     *,
-    budget_s: float = BUDGET_S,
+    budget_s: float | None = None,
 ) -> int:
-    """Fill the controllers' cost curves for one sequence; how many draft lengths were measured.
+    """Fill the controllers' costs; how many sizes of a pass were measured.
 
-    Call it while nothing runs. Whatever fails here is left for requests to report.
+    Whatever fails here is left for requests to report.
     """
-    deadline = time.perf_counter() + budget_s
-    n_context = min(CONTEXT, target.ctx_size - n_draft_max - 1)
-    if n_context < 2:
+    start = time.perf_counter()
+    opened: list[str] = []
+    passes: dict[int, float] = {}
+    if bench.target.ctx_size < 4 * (n_draft_max + 2):
         return 0
-    tokens = [i % target.config.vocab_size for i in range(n_context + 1)]
-    memory.open(SCRATCH)
-    n_measured = 0
     try:
-        drafter.open(SCRATCH)
-        hidden_H = _read(target_pass, memory, tokens[:-1])
-        for k in _order(min(n_draft_max, MAX_DEPTH)):
-            start = time.perf_counter()
-            _verify(target_pass, memory, tokens[-1], k)  # records
-            if time.perf_counter() + 3 * (time.perf_counter() - start) > deadline:
-                break
-            pass_s = _seconds(partial(_verify, target_pass, memory, tokens[-1], k))
-            for controller, params in _kinds(lengths):
-                draft_s = 0.0
-                if k > 0:
-                    view = TargetView(
-                        [SequenceView(SCRATCH, tokens, params, 0, hidden_H)],
-                        memory,
-                        target.model.embed,
-                        target.ops,
-                    )
-                    drafter.propose(view, k)
-                    draft_s = _seconds(partial(drafter.propose, view, k))
-                controller.observe_step(1, k + 1, k, pass_s, draft_s)
-            n_measured += 1
+        context = _open(bench, opened, 1)
+        if budget_s is None:
+            start, budget_s = _begin(bench, opened, start)
+        deadline = start + budget_s
+        few, many = _sizes(n_draft_max, max_sequences)
+        for n_rows in few + many:
+            if n_rows > n_draft_max + 1 and len(opened) == 1:
+                _open(bench, opened, max_sequences)
+            if n_rows > len(opened) * (n_draft_max + 1):
+                continue
+            pass_s = _measure(partial(_verify, bench, opened, n_rows), deadline)
+            if pass_s is None:
+                return len(passes)
+            passes[n_rows] = pass_s
+            if n_rows in (few[-1], many[0]):
+                names = opened[: 1 if n_rows == few[-1] else None]
+                _measure_rounds(lengths, bench, names, context, n_draft_max, deadline)
+        for n in range(4, len(opened), 4):
+            _measure_rounds(lengths, bench, opened[:n], context, n_draft_max, deadline)
+        for n_rows, pass_s in passes.items():  # again, since a disturbance lasts for a while
+            again = _measure(partial(_verify, bench, opened, n_rows), deadline)
+            passes[n_rows] = min(pass_s, again or pass_s)
+        if time.perf_counter() < deadline:  # not a slow model
+            _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
     except Exception:
-        return n_measured
+        return len(passes)
     finally:
-        memory.close(SCRATCH)
-        _forget(drafter)
-    return n_measured
+        for controller, _ in _kinds(lengths):
+            controller.costs.measured(passes)
+        for name in opened:
+            bench.memory.close(name)
+            with suppress(Exception):
+                bench.drafter.close(name)
+    return len(passes)
+
+
+def _record(
+    bench: Bench, names: list[str], n_draft_max: int, context: int, deadline: float
+) -> None:
+    """Run the sizes that were not measured once: the first time of a size is slow."""
+    most = min(MAX_RECORDED_ROWS, len(names) * (n_draft_max + 1))
+    for n_rows in range(1, most + 1):
+        if time.perf_counter() > deadline:
+            return
+        _verify(bench, names, n_rows)
+    hidden_H = _verify(bench, names, 1).hidden_TH[0].clone()
+    for n in range(1, len(names) + 1):
+        view = _view(bench, names[:n], SamplingParams(), context, hidden_H)
+        for depth in range(1, n_draft_max + 1):
+            if time.perf_counter() > deadline:
+                return
+            bench.drafter.propose(view, depth)
+
+
+def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
+    """When measuring begins and how long it may take; a GPU's kernels are built before."""
+    ops = bench.target.ops
+    if not (isinstance(ops, Recordable) and ops.warms_up):
+        return start, BUDGET_S
+    _verify(bench, names, 1)
+    return time.perf_counter(), GRAPH_BUDGET_S
 
 
 def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]]:
@@ -87,35 +133,100 @@ def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]
     return kinds
 
 
-def _order(k_max: int) -> list[int]:
-    """Plain decoding first, then from long to short, since a length between two is a guess."""
-    return [0, *range(k_max, 0, -1)]
+def _sizes(n_draft_max: int, max_sequences: int) -> tuple[list[int], list[int]]:
+    """Rows of one sequence, and of many: the ends first, then what is between, a third apart."""
+    few = list(dict.fromkeys((1, 2, n_draft_max + 1)))
+    most = max_sequences * (n_draft_max + 1)
+    between, n = [*range(3, n_draft_max + 1)], n_draft_max + 1
+    while n < most:
+        n = min(max(n + 1, n * 4 // 3), most)
+        between.append(n)
+    many = dict.fromkeys((max_sequences, 2 * max_sequences, *between))
+    return few, [n for n in many if n not in few and n <= most] or few[-1:]
 
 
-def _read(target_pass: TargetPass, memory: Memory, tokens: list[int]) -> Tensor:
-    memory.reserve(SCRATCH, len(tokens))
-    done = target_pass.run(tokens, [Span(SCRATCH, 0, len(tokens))], [len(tokens) - 1])
-    memory.advance(SCRATCH, len(tokens))
-    return done.hidden_TH[len(tokens) - 1].clone()
+def _measure_rounds(
+    lengths: AutoLengths,
+    bench: Bench,
+    names: list[str],
+    context: int,
+    n_draft_max: int,
+    deadline: float,
+) -> None:
+    """Draft rounds of these sequences, of one step and of the most, each behind a pass.
+
+    A pass leaves the caches without the drafter's weights.
+    """
+    between = partial(_verify, bench, names, len(names))
+    hidden_H = between().hidden_TH[0].clone()
+    for controller, params in _kinds(lengths):
+        view = _view(bench, names, params, context, hidden_H)
+        for depth in dict.fromkeys((n_draft_max, 1)):
+            draft_s = _measure(partial(bench.drafter.propose, view, depth), deadline, between)
+            if draft_s is None:
+                return
+            controller.costs.rounds.set(len(names), depth, draft_s)
 
 
-def _verify(target_pass: TargetPass, memory: Memory, token: int, k: int) -> None:
-    """A pass of k + 1 rows; not counted by `advance`, so the next one overwrites it."""
-    memory.reserve(SCRATCH, k + 1)
-    target_pass.run([token] * (k + 1), [Span(SCRATCH, 0, k + 1)], list(range(k + 1)))
+def _view(
+    bench: Bench, names: list[str], params: SamplingParams, context: int, hidden_H: Tensor
+) -> TargetView:
+    if not bench.drafter.needs.final_hidden:
+        context = min(context, OWN_CONTEXT)
+    tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(context + 1)]
+    views = [SequenceView(name, tokens, params, 0, hidden_H) for name in names]
+    return TargetView(views, bench.memory, bench.target.model.embed, bench.target.ops)
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _open(bench: Bench, opened: list[str], n: int) -> int:
+    """Begin scratch sequences, n in all, as far as memory has pages; the context they have.
+
+    Their keys and values are what pages begin with: reading them takes as long as others.
+    """
+    books = bench.memory.books
+    context = min(CONTEXT, bench.target.ctx_size // 2)
+    need = books.worst(context + books.page_slots)
+    while len(opened) < n:
+        if any(g.pool.n_free < 2 * need[group] for group, g in books.groups.items()):
+            break
+        name = f"{SCRATCH} {len(opened)}"
+        bench.memory.open(name)
+        opened.append(name)
+        bench.drafter.open(name)
+        bench.memory.reserve(name, context)
+        bench.memory.advance(name, context)
+        bench.memory.trim(name)
+    return context
+
+
+def _verify(bench: Bench, names: list[str], n_rows: int) -> Pass:
+    """A pass of so many rows; not counted by `advance`, so the next one overwrites it."""
+    n = min(len(names), n_rows)
+    spans, start = [], 0
+    for i, name in enumerate(names[:n]):
+        end = n_rows * (i + 1) // n
+        bench.memory.reserve(name, end - start)
+        spans.append(Span(name, start, end - start))
+        start = end
+    tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(n_rows)]
+    return bench.target_pass.run(tokens, spans, list(range(n_rows)))
+
+
+def _measure(
+    call: Callable[[], object], deadline: float, between: Callable[[], object] = lambda: None
+) -> float | None:
+    """Seconds of a call after its first time; None where the time left does not allow it."""
+    start = time.perf_counter()
+    between()
+    call()  # records
+    first_s = time.perf_counter() - start
+    repeats = REPEATS if first_s < SLOW_S else 1
+    if time.perf_counter() + repeats * first_s > deadline:
+        return None
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
+        between()
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
     return min(times)  # what disturbs a measurement only adds to it
-
-
-def _forget(drafter: Drafter) -> None:
-    try:
-        drafter.close(SCRATCH)
-    except Exception:
-        return

@@ -17,23 +17,35 @@ from outdraft.ops.reference import pad_rows
 from outdraft.request import Logprobs
 from outdraft.sampling.logits import candidates, distribution, greedy, logprobs
 from outdraft.sampling.sampler import Purpose, sample, uniform
-from outdraft.speculate.verify import Verdict, verify_greedy, verify_own, verify_sampled
+from outdraft.speculate.verify import Verdict, verify_block, verify_own
 
 
 @dataclass(slots=True)
 class Block:
-    """The drafts of one sequence in one step: ids, and the distributions they were drawn from."""
+    """The drafts of one sequence in one step: ids, and the distributions they were drawn from.
+
+    `forced`: a grammar gave them, not the drafter.
+    """
 
     tokens: list[int]
     probs_KV: Tensor | None = None
+    forced: bool = False
 
 
 NO_DRAFTS = Block([])
 PROMPT_ROWS = 32
+BATCHED_SCORES = 2**17
+"""Rows are formed in one call up to so many scores; beyond, memory for all costs more."""
+
+
+def forced_block(sequence: Sequence, n: int) -> Block | None:
+    """At most n tokens that the grammar lets follow whatever the model says, if there are any."""
+    tokens = [] if sequence.sampler is None else sequence.sampler.forced_tokens()[:n]
+    return Block(tokens, forced=True) if tokens else None
 
 
 def admissible(sequence: Sequence, block: Block) -> Block:
-    """The block up to the first draft that the grammar forbids, or the grammar's own tokens.
+    """The block up to the first draft that the grammar forbids.
 
     Drafts that were drawn end behind that one, not before it: that a draft is dropped must not
     depend on what was drawn (speculate/verify.py).
@@ -41,32 +53,28 @@ def admissible(sequence: Sequence, block: Block) -> Block:
     state = sequence.sampler
     if state is None or not block.tokens:
         return block
-    if state.grammar is not None and state.thinking is None:
-        forced = state.grammar.forced_tokens()[: len(block.tokens)]
-        if forced:
-            return Block(forced)
     n = state.n_allowed(block.tokens)
     if block.probs_KV is None:
         return replace(block, tokens=block.tokens[:n])
     return Block(block.tokens[: n + 1], block.probs_KV[: n + 1])
 
 
-def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best_R: Tensor) -> Verdict:
+def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int]) -> Verdict:
     """Verify a block. The sequence's sampler is left as it was; `Sequence.keep` advances it.
 
     Args:
         sequence: as it was when the block was drafted.
         block: its drafts.
         logits_RV: fp32, of the newest committed token and of every draft.
-        best_R: int32, the lowest id of the largest logit of each row.
+        best: the lowest id of the largest logit of each row.
 
     Raises:
         OutdraftError: this sequence cannot go on (a grammar without fuel, no token left).
     """
     params = sequence.request.params
     if params.greedy and sequence.sampler is None:
-        return verify_greedy(torch.tensor(block.tokens, dtype=torch.int64), best_R)
-    rows = _Rows(sequence, block, logits_RV)
+        return verify_own(block.tokens, best.__getitem__)
+    rows = _Rows(sequence, block, logits_RV.cpu())
     state = sequence.sampler
     if state is not None:
         state.mark()
@@ -119,17 +127,20 @@ class _Rows:
 def _drawn(sequence: Sequence, block: Block, rows: _Rows) -> Verdict:
     """Drafts drawn from q. Rows behind one that p excludes are not formed: they cannot count."""
     n = len(sequence.tokens)
-    p = [rows.probs(0)]
-    for i, token in enumerate(block.tokens):
-        if not p[i][token] > 0:
-            break
-        p.append(rows.probs(i + 1))
-    p += [p[-1]] * (len(block.tokens) + 1 - len(p))
+    if sequence.sampler is None and rows.logits_RV.numel() <= BATCHED_SCORES:
+        p = list(distribution(rows.logits_RV, sequence.request.params))
+    else:
+        p = [rows.probs(0)]
+        for i, token in enumerate(block.tokens):
+            if not p[i][token] > 0:
+                break
+            p.append(rows.probs(i + 1))
+        p += [p[-1]] * (len(block.tokens) + 1 - len(p))
     positions = range(n, n + len(block.tokens) + 1)
-    accept_K = [uniform(sequence.seed, at, Purpose.ACCEPT) for at in positions[:-1]]
-    final_R = [uniform(sequence.seed, at, Purpose.TARGET) for at in positions]
+    accept_K = [uniform(sequence.seed, at, Purpose.ACCEPT, n) for at in positions[:-1]]
+    final_R = [uniform(sequence.seed, at, Purpose.TARGET, n) for at in positions]
     drafts = torch.tensor(block.tokens, dtype=torch.int64)
-    return verify_sampled(drafts, block.probs_KV, torch.stack(p), accept_K, final_R)
+    return verify_block(drafts, block.probs_KV, p, accept_K, final_R)
 
 
 def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[Logprobs] | None:
@@ -137,6 +148,7 @@ def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[L
     n_top = sequence.request.params.logprobs
     if n_top is None:
         return None
+    logits_RV = logits_RV.cpu()
     return [logprobs(logits_RV[i], token, n_top) for i, token in enumerate(tokens)]
 
 
@@ -156,7 +168,7 @@ def report_prompt(target: Target, sequence: Sequence, rows_H: Tensor) -> None:
         found.append(None)
     for first in range(0, rows_H.shape[0], PROMPT_ROWS):
         chunk_H = rows_H[first : first + PROMPT_ROWS]
-        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple))
+        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple)).cpu()
         for i in range(chunk_H.shape[0]):
             at = sequence.n_computed + first + i + 1
             if at == len(found) and at < len(prompt):  # not those of a prompt computed again

@@ -10,20 +10,18 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from outdraft import _core
-from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
-from outdraft.engine.costs import measure_costs
+from outdraft.engine.costs import Bench, measure_costs
+from outdraft.engine.fit import build_memory
+from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
+from outdraft.engine.stats import EngineStats, snapshot
 from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
-from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps
 from outdraft.request import FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from outdraft.speculate.build import build_drafter
@@ -32,6 +30,7 @@ from outdraft.text.chat import ChatTemplate
 from outdraft.text.stream import IncrementalDetokenizer, StopStrings
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.find import resolve_model
+from outdraft.weights.loading import Loading
 
 
 @dataclass(slots=True)
@@ -84,32 +83,26 @@ class LLM:
     Args:
         model: `demo`, a directory, or a Hugging Face id that has been downloaded.
         config: how to load and run it.
+        loading: told how far loading is, and what went otherwise than expected.
 
     Raises:
         ModelError: the model, or a drafter that was asked for, cannot be used.
     """
 
-    def __init__(self, model: str, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: str, config: EngineConfig | None = None, loading: Loading | None = None
+    ) -> None:
         self.config = config or EngineConfig()
         path = resolve_model(model)
-        self.target = load_target(path, self.config)
-        set_threads(self.config.threads, compiled=isinstance(self.target.ops, CpuOps))
-        self.pairing = build_drafter(self.target, self.config)
+        self.loading = loading or Loading()
+        self.target = load_target(path, self.config, self.loading)
+        self.pairing = build_drafter(self.target, self.config, TargetPass, self.loading)
         self.tokenizer = Tokenizer.load(path)
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
         self.ctx_size = self.target.ctx_size
-        family = self.target.family
-        self.memory = Memory(
-            family.memory_layers(self.target.config),
-            max_sequences=self.config.max_sequences,
-            max_tokens=self.ctx_size,
-            max_rows=max(self.config.prefill_chunk, self.pairing.n_draft_max + 1),
-            dtype=self.target.ops.kv_dtype,
-            pool_tokens=self.config.kv_cache_tokens
-            or min(4, self.config.max_sequences) * self.ctx_size,
-            prefix_cache=self.config.prefix_cache,
-        )
+        max_rows = max(self.config.prefill_chunk, self.pairing.n_draft_max + 1)
+        self.memory = build_memory(self.target, self.config, max_rows, self.pairing.n_draft_max)
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
         self.scheduler = Scheduler(
             books=self.memory.books,
@@ -155,7 +148,7 @@ class LLM:
     def set_draft_auto(self) -> None:
         """Choose draft lengths by measured costs and acceptance, from the next step on.
 
-        Costs are measured at the first call, in under half a second, if nothing is in progress.
+        Costs are measured at the first call, in about half a second, if nothing is in progress.
 
         Raises:
             OutdraftError: there is no drafter.
@@ -164,10 +157,10 @@ class LLM:
         if drafter is None:
             raise OutdraftError("no draft length can be chosen", self.pairing.reason)
         if self.lengths is None:
-            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts)
+            self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts, drafter=drafter)
             if not self.scheduler.busy:
-                target_pass = self.runner.target_pass
-                measure_costs(self.lengths, self.target, target_pass, drafter, self.memory, k)
+                bench = Bench(self.target, self.runner.target_pass, drafter, self.memory)
+                measure_costs(self.lengths, bench, k, self.config.max_sequences)
         self.scheduler.n_draft_max = k
         self.scheduler.draft_lengths = self.lengths.choose
         self.runner.lengths = self.lengths
@@ -198,6 +191,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
+        draft_n_max: int | None = None,
     ) -> Sequence:
         """A request that can be queued. It touches nothing of the engine: any thread may call it.
 
@@ -210,7 +204,7 @@ class LLM:
             raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt)
+        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt, draft_n_max)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)
@@ -222,7 +216,9 @@ class LLM:
             seed=secrets.randbits(62) if params.seed is None else params.seed,
             limit=limit,
             end_ids=frozenset(end_ids),
-            detokenizer=IncrementalDetokenizer(self.tokenizer, list(prompt_tokens)),
+            detokenizer=IncrementalDetokenizer(
+                self.tokenizer, list(prompt_tokens), frozenset(params.show_token_ids)
+            ),
             stop_strings=StopStrings(params.stop),
             tokens=list(prompt_tokens),
             sampler=self.samplers.start(params, prompt_tokens, frozenset(end_ids)),
@@ -257,6 +253,7 @@ class LLM:
             except Exception as error:
                 self.scheduler.remove(admitted.id)
                 events.append(admitted.abort(FinishReason.ERROR, f"{error}"))
+                self.runner.counters.end(admitted)
         running = self.scheduler.running
         if not running:
             return events
@@ -267,9 +264,23 @@ class LLM:
         for sequence in [s for s in running.values() if s.finish_reason is not None]:
             self.scheduler.remove(sequence.id)
             self.runner.close(sequence)
+            self.runner.counters.end(sequence)
         if not self.scheduler.busy:
             self.scheduler.check()
         return events
+
+    def stats(self) -> EngineStats:
+        """Who is in progress, memory, the prefix cache, what drafting gains. Any thread may ask."""
+        drafter, lengths = self.pairing.drafter, self.runner.lengths
+        return snapshot(
+            self.scheduler,
+            self.runner.counters,
+            self.runner.faults,
+            drafter=None if drafter is None else drafter.name,
+            reason=self.pairing.reason,
+            chosen=lengths is not None,
+            speed_up=None if lengths is None else lengths.speed_up,
+        )
 
     def check(self) -> None:
         """Compare all books: every page free, cached or used by who runs; nothing left behind.
@@ -288,7 +299,9 @@ class LLM:
             return None
         if was_running:
             self.runner.close(sequence)
-        return sequence.abort(FinishReason.ABORT)
+        event = sequence.abort(FinishReason.ABORT)
+        self.runner.counters.end(sequence)
+        return event
 
     def stream(
         self, prompt: str | Seq[int], params: SamplingParams | None = None
@@ -351,21 +364,6 @@ def completion_of(sequence: Sequence, text: str) -> Completion:
         logprobs=list(sequence.logprobs),
         prompt_logprobs=list(sequence.prompt_logprobs),
     )
-
-
-def set_threads(n_threads: int | None, *, compiled: bool) -> None:
-    """Give the processor to the kernels or to PyTorch, never to both.
-
-    A worker of the one that waits for its next call would spin on the core that the other needs:
-    with both on all cores, sampling ran at a fifth of its speed.
-
-    Args:
-        n_threads: None is PyTorch's own choice, whichever of the two has it now.
-        compiled: the kernels do the work.
-    """
-    n_threads = n_threads or max(torch.get_num_threads(), _core.threads())
-    torch.set_num_threads(1 if compiled else n_threads)
-    _core.set_threads(n_threads if compiled else 1)
 
 
 def _each(params: SamplingParams) -> list[SamplingParams]:

@@ -13,22 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import CausalCall
+from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.registry import Target
-from outdraft.ops.record import Recordable, Replayable, recording
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
 MAX_RECORDED_ROWS = 64
-MAX_RECORDINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
     """What a pass gave: final hidden states of all rows, and scores of the rows that matter.
 
-    `best_R` is int32, the lowest id of the largest fp32 logits. The tensors of a recorded pass are
-    overwritten by the next one.
+    `best_R` is int32 and on the CPU, the lowest id of the largest fp32 logits, -1 where that is not
+    finite. The tensors of a recorded pass are overwritten by the next one.
     """
 
     hidden_TH: Tensor
@@ -38,11 +37,13 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A recorded pass, all of whose rows have logits."""
+    """A recorded pass, all of whose rows have logits; finite or not, `best_T` may be unchecked."""
 
     call: CausalCall
     program: Replayable
-    result: Pass
+    hidden_TH: Tensor
+    logits_TV: Tensor
+    best_T: Tensor
 
 
 class TargetPass:
@@ -63,35 +64,53 @@ class TargetPass:
             spans: which rows belong to which sequence; they stand behind its length.
             wanted: rows that need logits, ascending.
         """
-        call = CausalCall.prepare(self.memory, self.ops, spans, tokens)
+        numbers = causal_numbers(self.memory, spans, tokens)
         if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
-            return self._replay(self.recorder, call, len(spans))
+            return self._replay(self.recorder, numbers, len(tokens))
+        call = CausalCall.of(self.memory, self.ops, numbers)
         multiple = self.ops.row_multiple  # padded once here, so that no operation has to
         hidden_TH = self.model.forward(
             pad_rows(call.token_T, multiple), pad_rows(call.position_T, multiple), call.attend
         )
         if not wanted:
             return Pass(hidden_TH, torch.empty(0, 0), torch.empty(0, dtype=torch.int32))
-        chosen_RH = pad_rows(hidden_TH[torch.tensor(wanted)], multiple)
-        logits_RV = self.model.logits(chosen_RH)[: len(wanted)]
-        return Pass(hidden_TH, logits_RV, self.ops.argmax(logits_RV))
+        index = torch.tensor(wanted, device=hidden_TH.device)
+        logits_RV = self.model.logits(pad_rows(hidden_TH[index], multiple))[: len(wanted)]
+        best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
+        return Pass(hidden_TH, logits_RV, best_R.cpu())
 
-    def _replay(self, recorder: Recordable, call: CausalCall, n_sequences: int) -> Pass:
-        key = (call.token_T.shape[0], n_sequences)
-        if key not in self.recordings:
-            self.recordings[key] = self._record(recorder, call)
-            if len(self.recordings) > MAX_RECORDINGS:
+    def _replay(self, recorder: Recordable, numbers: Tensor, n_rows: int) -> Pass:
+        key = n_rows, numbers.shape[0]
+        recorded = self.recordings.get(key)
+        if recorded is None:
+            call = CausalCall.of(self.memory, self.ops, numbers)
+            recorded = self.recordings[key] = self._record(recorder, call)
+            if len(self.recordings) > MAX_RECORDED_ROWS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
-        recorded = self.recordings[key]
-        recorded.call.numbers.copy_(call.numbers)
+        recorded.call.numbers.copy_(numbers)
         recorded.program.replay()
-        return recorded.result
+        best_T = recorded.best_T
+        if not recorder.records_all:
+            best_T = finite_or_none(recorded.logits_TV, best_T)
+        return Pass(recorded.hidden_TH, recorded.logits_TV, best_T.cpu())
 
     def _record(self, recorder: Recordable, call: CausalCall) -> _Recording:
         """Over the tensors of this call, which later ones are copied into."""
-        with recording(recorder) as program:
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
             hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             logits_TV = self.model.logits(hidden_TH)
             best_T = self.ops.argmax(logits_TV)
-        return _Recording(call, program, Pass(hidden_TH, logits_TV, best_T))
+            if recorder.records_all:
+                best_T = finite_or_none(logits_TV, best_T)
+            return hidden_TH, logits_TV, best_T
+
+        program, results = record(run, recorder)
+        return _Recording(call, program, *results)
+
+
+def finite_or_none(logits_RV: Tensor, best_R: Tensor) -> Tensor:
+    """The best ids, -1 where their logit is not finite."""
+    best_logit_R = logits_RV.gather(-1, best_R[:, None].long())[:, 0]
+    return torch.where(torch.isfinite(best_logit_R), best_R, -1)

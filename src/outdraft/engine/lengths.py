@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from outdraft.engine.sequence import Sequence
 from outdraft.request import SamplingParams
-from outdraft.speculate.drafter import draws
-from outdraft.speculate.length import LengthController
+from outdraft.speculate.drafter import Drafter, ManySources, draws
+from outdraft.speculate.length import FREE, Choice, LengthController
+
+MODEL = ("model",)  # the one source of a drafter that says nothing of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,6 @@ class StepCosts:
 
     n_sequences: int
     n_rows: int
-    depth: int
     draft_s: float
     pass_s: float
     rest_s: float
@@ -35,14 +36,30 @@ class StepCosts:
     clean: bool = True
 
 
+SPEED_UP_DECAY = 0.995
+
+
 class AutoLengths:
     """Controllers for batches with drawn drafts and without: their rounds cost differently."""
 
-    def __init__(self, n_draft_max: int, *, sample_drafts: bool) -> None:
+    def __init__(
+        self, n_draft_max: int, *, sample_drafts: bool, drafter: Drafter | None = None
+    ) -> None:
         self.sample_drafts = sample_drafts
+        self.drafter = drafter if isinstance(drafter, ManySources) else None
         self.likeliest = LengthController(n_draft_max)
         self.drawn = LengthController(n_draft_max)
+        self._chosen: dict[str, Choice] = {}
         self._seen: set[tuple[bool, int, int, int]] = set()
+        self._spent_s = self._plain_s = 0.0
+
+    @property
+    def speed_up(self) -> float | None:
+        """Steps of late over plain decoding of as many sequences, in tokens per second.
+
+        None until steps were timed; the cost of plain ones is modelled.
+        """
+        return self._plain_s / self._spent_s if self._spent_s else None
 
     def draws(self, params: SamplingParams) -> bool:
         """Whether drafts of such a request are drawn from the drafter's distribution."""
@@ -50,7 +67,16 @@ class AutoLengths:
 
     def choose(self, decoding: list[Sequence]) -> list[int]:
         """The scheduler's `DraftLengths`."""
-        return self._of(decoding).choose([s.id for s in decoding])
+        drafter = self.drafter
+        if drafter is None:
+            asked = [(s.id, MODEL) for s in decoding]
+        else:
+            asked = [(s.id, drafter.sources(s.id, s.tokens)) for s in decoding]
+        choices = self._of(decoding).choose(asked)
+        self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
+        if drafter is not None:
+            drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
+        return [choice.n_drafts for choice in choices]
 
     def close(self, sequence_id: str) -> None:
         """Forget a sequence."""
@@ -66,16 +92,39 @@ class AutoLengths:
         """
         controller = self._of(sequences)
         for sequence_id, (n_drafted, n_accepted) in step.blocks.items():
-            controller.observe_block(sequence_id, n_drafted, n_accepted)
+            choice = self._chosen.get(sequence_id)
+            if choice is not None and choice.source:
+                controller.observe_block(sequence_id, choice.source, n_drafted, n_accepted)
         drawn = controller is self.drawn
-        size = (drawn, step.n_sequences, step.n_rows, step.depth)
+        in_round = [
+            c.n_drafts
+            for c in self._chosen.values()
+            if c.n_drafts > 0 and not c.source.startswith(FREE)
+        ]
+        n_drafting, depth = len(in_round), max(in_round, default=0)
+        size = (drawn, step.n_rows, n_drafting, depth)
         if step.clean and size in self._seen:
-            target_s = step.pass_s if drawn else step.pass_s + step.rest_s
             controller.observe_step(
-                step.n_sequences, step.n_rows, step.depth, target_s, step.draft_s
+                step.n_sequences,
+                step.n_rows,
+                n_drafting,
+                depth,
+                step.pass_s,
+                step.draft_s,
+                None if drawn else step.rest_s,
             )
+            target_s = step.pass_s if drawn else step.pass_s + step.rest_s
+            self._compare(step, target_s, controller)
         if step.clean:
             self._seen.add(size)
+
+    def _compare(self, step: StepCosts, target_s: float, controller: LengthController) -> None:
+        n = step.n_sequences
+        if controller.costs.known:
+            plain_s = controller.costs.at(n, n)
+            n_tokens = n + sum(n_accepted for _, n_accepted in step.blocks.values())
+            self._plain_s = SPEED_UP_DECAY * self._plain_s + n_tokens / n * plain_s
+            self._spent_s = SPEED_UP_DECAY * self._spent_s + target_s + step.draft_s
 
     def _of(self, sequences: Seq[Sequence]) -> LengthController:
         drawn = any(self.draws(s.request.params) for s in sequences)

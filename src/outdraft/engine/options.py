@@ -57,8 +57,7 @@ class Samplers:
             )
         grammar = None
         if params.grammar_options:
-            with self._lock:
-                grammar = self._compiler(params).start(params)
+            grammar = self._compiler(params).start(params)
         return SamplerState(
             params,
             prompt_tokens,
@@ -74,10 +73,11 @@ class Samplers:
                 f"{params.grammar_options[0]} is given and the model has no end of sequence",
                 "add eos_token_id to generation_config.json",
             )
-        if self._grammars is None:
-            eos_ids = sorted(self.tokenizer.eos_ids)
-            self._grammars = Grammars(self.tokenizer.to_json(), self.vocab, eos_ids)
-        return self._grammars
+        with self._lock:
+            if self._grammars is None:
+                eos_ids = sorted(self.tokenizer.eos_ids)
+                self._grammars = Grammars(self.tokenizer.to_json(), self.vocab, eos_ids)
+            return self._grammars
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """A text is two sequences where a space in front changes its tokens, as in vLLM."""

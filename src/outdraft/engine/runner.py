@@ -17,27 +17,26 @@ import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
-from outdraft.engine.decide import NO_DRAFTS, Block, admissible, decide, report_prompt, reported
+from outdraft.engine.decide import (
+    NO_DRAFTS,
+    Block,
+    admissible,
+    decide,
+    forced_block,
+    report_prompt,
+    reported,
+)
 from outdraft.engine.graphs import Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
 from outdraft.engine.sequence import Sequence
+from outdraft.engine.stats import Counters, Faults, describe, not_finite
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
-from outdraft.speculate.drafter import Draft, Drafter, SequenceView, TargetView
+from outdraft.speculate.drafter import Draft, Drafter, ReadsStates, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict
-
-
-@dataclass(slots=True)
-class Faults:
-    """What went wrong since the start, and was contained."""
-
-    n_drafter: int = 0
-    n_pass: int = 0
-    n_request: int = 0
-    last_drafter_error: str = ""
 
 
 @dataclass(slots=True)
@@ -47,6 +46,17 @@ class _Proposal:
     view: TargetView | None
     blocks: dict[str, Block]
     accepted: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Rows:
+    """One sequence's part of a pass: where its rows are, the best id of the scored ones."""
+
+    start: int
+    n_rows: int
+    best: list[int]
+    hidden_TH: Tensor  # of the whole pass
+    logits_RV: Tensor
 
 
 class Runner:
@@ -61,6 +71,7 @@ class Runner:
         """Set to let draft lengths be learned; None while they are fixed."""
         self.hidden: dict[str, Tensor] = {}
         self.faults = Faults()
+        self.counters = Counters()
         self.logits_log: dict[str, list[Tensor]] | None = None
         """Set to a dict to record the logits [V] behind every emitted token, by sequence."""
 
@@ -72,6 +83,7 @@ class Runner:
         sequence.n_computed = n_cached
         if sequence.n_preempted == 0:
             sequence.n_cached = n_cached
+        self.counters.begin(sequence)
         if self.drafter is not None:
             self._drafter_call(self.drafter.open, sequence.id)
 
@@ -96,8 +108,11 @@ class Runner:
         that says `error`.
         """
         start, n_failed = time.perf_counter(), self._n_failed
-        proposal = self._propose(plan, sequences)
+        given = self._forced(plan, sequences)
+        proposal = self._propose([w for w in plan.work if w.sequence not in given], sequences)
+        proposal.blocks.update(given)
         drafted = time.perf_counter()
+        self.counters.plan(plan, sum(len(block.tokens) for block in proposal.blocks.values()))
         forward_s, events = self._run(plan.work, sequences, proposal)
         if proposal.view is not None and self.drafter is not None:
             accepted = [proposal.accepted.get(s.id, 0) for s in proposal.view.sequences]
@@ -127,16 +142,14 @@ class Runner:
         blocks = {
             s: (len(block.tokens), proposal.accepted[s])
             for s, block in proposal.blocks.items()
-            if block.tokens and s in proposal.accepted
+            if block.tokens and not block.forced and s in proposal.accepted
         }
         n_rows = sum(w.n_rows for w in plan.work)
         n_rows += sum(len(block.tokens) for block in proposal.blocks.values())
         prompts = any(w.n_rows > 1 or sequences[w.sequence].stats.n_passes < 2 for w in plan.work)
-        depth = max((w.n_drafts for w in plan.work), default=0)
-        clean = not failed and not prompts and len(plan.work) > 0
-        lengths.observe(
-            decoding, StepCosts(len(decoding), n_rows, depth, *times, blocks, clean=clean)
-        )
+        forced = any(block.forced for block in proposal.blocks.values())
+        clean = not failed and not prompts and not forced and len(plan.work) > 0
+        lengths.observe(decoding, StepCosts(len(decoding), n_rows, *times, blocks, clean=clean))
 
     def _run(
         self, work: Seq[Work], sequences: Mapping[str, Sequence], proposal: _Proposal
@@ -160,63 +173,96 @@ class Runner:
                 return self._run(work, sequences, proposal)
             return 0.0, [self._fail(sequence, error)]
         forward_s = time.perf_counter() - start
+        return forward_s, self._finish_all(work, sequences, done, proposal)
+
+    def _finish_all(
+        self, work: Seq[Work], sequences: Mapping[str, Sequence], done: Pass, proposal: _Proposal
+    ) -> list[TokenEvent]:
+        """What follows a pass, for one sequence after another."""
+        best = done.best_R.tolist()
         events: list[TokenEvent] = []
+        newest: dict[str, int] = {}  # the row of each sequence's newest token in memory
         row = scored = 0
         for w in work:
             sequence = sequences[w.sequence]
-            n_rows = w.n_rows + len(proposal.blocks.get(w.sequence, NO_DRAFTS).tokens)
+            block = proposal.blocks.get(w.sequence, NO_DRAFTS)
+            n_rows = w.n_rows + len(block.tokens)
             n_scored = n_rows - w.n_rows + 1 if w.n_rows == sequence.n_pending else 0
-            rows_H = done.hidden_TH[row : row + n_rows]
             scores = slice(scored, scored + n_scored)
+            own = _Rows(row, n_rows, best[scores], done.hidden_TH, done.logits_RV[scores])
             row, scored = row + n_rows, scored + n_scored
             n_tokens = len(sequence.tokens)
             try:
-                own = Pass(rows_H, done.logits_RV[scores], done.best_R[scores])
-                events += self._finish(sequence, w, own, proposal)
+                n_kept = self._finish(sequence, w, own, proposal, events)
+                newest[sequence.id] = own.start + n_kept - 1
+                if isinstance(self.drafter, ReadsStates):
+                    first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[own.start :]
+                    self._drafter_call(self.drafter.read, sequence.id, first, rows_TH[:n_kept])
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
-        return forward_s, events
+        if self.drafter is not None and self.drafter.needs.final_hidden and newest:
+            kept_BH = done.hidden_TH[list(newest.values())]
+            self.hidden.update(zip(newest, kept_BH.unbind(), strict=True))
+        return events
 
     def _finish(
-        self, sequence: Sequence, work: Work, own: Pass, proposal: _Proposal
-    ) -> list[TokenEvent]:
-        """What follows the pass for one sequence, of whose rows `own` is the part."""
-        self.memory.advance(sequence.id, own.hidden_TH.shape[0])
-        report_prompt(self.target, sequence, own.hidden_TH)
+        self,
+        sequence: Sequence,
+        work: Work,
+        own: "_Rows",
+        proposal: _Proposal,
+        events: list[TokenEvent],
+    ) -> int:
+        """What follows the pass for one sequence; how many of its rows stay in memory."""
+        self.memory.advance(sequence.id, own.n_rows)
+        if sequence.request.params.prompt_logprobs is not None:
+            report_prompt(self.target, sequence, own.hidden_TH[own.start :][: own.n_rows])
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
-            if not bool(torch.isfinite(own.hidden_TH).all()):
-                raise _not_finite()
-            self._keep_rows(sequence, own.hidden_TH, work.n_rows)
+            if not bool(torch.isfinite(own.hidden_TH[own.start :][: own.n_rows]).all()):
+                raise not_finite()
+            self._keep_rows(sequence, own.n_rows, work.n_rows)
             self._settle(sequence)
-            return []
+            return work.n_rows
         block = proposal.blocks.get(sequence.id, NO_DRAFTS)
-        n_good = _n_finite(own)
+        n_good = own.best.index(-1) if -1 in own.best else len(own.best)
         if n_good == 0:
-            raise _not_finite()
+            raise not_finite()
         if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
             probs = block.probs_KV
-            block = Block(
-                block.tokens[: n_good - 1], None if probs is None else probs[: n_good - 1]
-            )
-        logits_RV, best_R = own.logits_RV[:n_good], own.best_R[:n_good]
-        verdict = decide(sequence, block, logits_RV, best_R)
-        self._keep_rows(sequence, own.hidden_TH, work.n_rows + verdict.n_accepted)
+            probs = None if probs is None else probs[: n_good - 1]
+            block = Block(block.tokens[: n_good - 1], probs, block.forced)
+        logits_RV = own.logits_RV[:n_good]
+        verdict = decide(sequence, block, logits_RV, own.best)
+        n_kept = work.n_rows + verdict.n_accepted
+        self._keep_rows(sequence, own.n_rows, n_kept)
         proposal.accepted[sequence.id] = verdict.n_accepted
-        events = self._commit(sequence, block, verdict, logits_RV)
+        events += self._commit(sequence, block, verdict, logits_RV)
         self._settle(sequence)
-        return events
+        return n_kept
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         """End a request that caused an exception. Its memory is released when it is closed."""
         self.faults.n_request += 1
-        message = str(error) if isinstance(error, OutdraftError) else _describe(error)
+        message = str(error) if isinstance(error, OutdraftError) else describe(error)
         return sequence.abort(FinishReason.ERROR, message)
 
-    def _propose(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> _Proposal:
+    def _forced(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> dict[str, Block]:
+        """Blocks of those whose grammar says how they go on; the drafter is not asked for them."""
+        blocks = {}
+        for w in plan.work:
+            try:
+                block = forced_block(sequences[w.sequence], w.n_drafts) if w.n_drafts else None
+            except Exception:  # it comes again where the request fails of it alone
+                block = None
+            if block is not None:
+                blocks[w.sequence] = block
+        return blocks
+
+    def _propose(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> _Proposal:
         """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
         nothing = _Proposal(None, {}, {})
-        work = [w for w in plan.work if w.n_drafts > 0]
+        work = [w for w in work if w.n_drafts > 0]
         if not work or self.drafter is None:
             return nothing
         try:
@@ -241,12 +287,13 @@ class Runner:
     def _ask(
         self, drafter: Drafter, work: Seq[Work], sequences: Mapping[str, Sequence]
     ) -> _Proposal:
-        views = []
-        for w in work:
-            s = sequences[w.sequence]
-            hidden_H = self.hidden.get(s.id)
-            views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, hidden_H))
-        view = self._view(views)
+        asking = [sequences[w.sequence] for w in work]
+        view = self._view(
+            [
+                SequenceView(s.id, s.tokens, s.request.params, s.seed, self.hidden.get(s.id))
+                for s in asking
+            ]
+        )
         draft = drafter.propose(view, max(w.n_drafts for w in work))
         tokens = draft.tokens_BK.tolist()
         self._check_draft(draft, tokens, len(work))
@@ -281,7 +328,7 @@ class Runner:
 
     def _count_drafter_failure(self, error: Exception, sequences: Seq[Sequence]) -> None:
         self.faults.n_drafter += 1
-        self.faults.last_drafter_error = _describe(error)
+        self.faults.last_drafter_error = describe(error)
         for sequence in sequences:
             sequence.n_failed_drafts += 1
 
@@ -302,11 +349,11 @@ class Runner:
             self.memory.reserve(w.sequence, len(tokens) - first)
         return self.target_pass.run(tokens, spans, wanted)
 
-    def _keep_rows(self, sequence: Sequence, rows_H: Tensor, n_kept: int) -> None:
+    def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""
-        self.memory.rollback(sequence.id, rows_H.shape[0] - n_kept)
+        if n_kept < n_rows:
+            self.memory.rollback(sequence.id, n_rows - n_kept)
         sequence.n_computed += n_kept
-        self.hidden[sequence.id] = rows_H[n_kept - 1].clone()
 
     def _settle(self, sequence: Sequence) -> None:
         """Share pages of committed tokens with later requests, then free what is out of sight."""
@@ -319,7 +366,8 @@ class Runner:
         tokens = [*block.tokens[: verdict.n_accepted], verdict.token]
         logprobs = reported(sequence, tokens, logits_RV)
         events = sequence.keep(tokens, verdict.n_accepted, logprobs)
-        sequence.stats.count(len(block.tokens), verdict.n_accepted, len(events))
+        for stats in (sequence.stats, self.counters.drafts):
+            stats.count(len(block.tokens), verdict.n_accepted, len(events), forced=block.forced)
         if self.logits_log is not None:
             self.logits_log.setdefault(sequence.id, []).extend(logits_RV[: len(events)].clone())
         return events
@@ -343,20 +391,3 @@ class Runner:
             sequence.times.draft_s += drafted - start
             sequence.times.forward_s += forwarded - drafted
             sequence.times.rest_s += end - forwarded
-
-
-def _n_finite(own: Pass) -> int:
-    """How many rows, from the front, have a finite best logit."""
-    best_R = own.logits_RV.gather(-1, own.best_R[:, None].long())[:, 0]
-    finite_R = torch.isfinite(best_R)
-    return len(finite_R) if bool(finite_R.all()) else finite_R.tolist().index(False)
-
-
-def _not_finite() -> OutdraftError:
-    return OutdraftError(
-        "the model's logits are not finite", "try --dtype float32, or check the weights"
-    )
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

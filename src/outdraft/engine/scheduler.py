@@ -29,6 +29,7 @@ class SchedulerStats:
 
     n_admitted: int = 0
     n_preempted: int = 0
+    n_refused: int = 0
     n_draft_length_failures: int = 0
 
 
@@ -70,6 +71,7 @@ class Scheduler:
         """
         room = max(0, self.max_sequences - len(self.running))
         if len(self.waiting) >= self.max_queue + room:
+            self.stats.n_refused += 1
             raise QueueFull(
                 f"{len(self.waiting)} requests wait already", "try again later, or raise max_queue"
             )
@@ -133,10 +135,17 @@ class Scheduler:
         try:
             wanted = self.draft_lengths(decoding)
             assert len(wanted) == len(decoding)
+            most = self.n_draft_max
+            pairs = zip(decoding, wanted, strict=True)
+            wanted = [max(n, min(s.n_forced, most)) for s, n in pairs]
         except Exception:  # choosing a length must not cost a request
             self.stats.n_draft_length_failures += 1
             wanted = [0] * len(decoding)
-        return {s.id: max(0, min(n, s.draft_room)) for s, n in zip(decoding, wanted, strict=True)}
+        return {
+            s.id: max(0, min(n, s.draft_room, self.n_draft_max if cap is None else cap))
+            for s, n in zip(decoding, wanted, strict=True)
+            for cap in (s.request.draft_n_max,)
+        }
 
     def _chunks(self, n_decode_rows: int) -> dict[str, int]:
         """Rows of prompts. At least a quarter of the budget is theirs, however many decode."""

@@ -93,6 +93,11 @@ class Sequence:
         """Most drafts that can be of use: the target adds one token of its own to them."""
         return self.limit - len(self.tokens) - 1
 
+    @property
+    def n_forced(self) -> int:
+        """Tokens that a grammar lets follow whatever the model says: drafts for nothing."""
+        return 0 if self.sampler is None else len(self.sampler.forced_tokens())
+
     def keep(
         self, tokens: list[int], n_drafted: int, logprobs: list[Logprobs] | None = None
     ) -> list[TokenEvent]:

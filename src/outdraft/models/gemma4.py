@@ -17,7 +17,7 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer
 from outdraft.models.gemma4_config import Gemma4Config, LayerKind
-from outdraft.models.layers import Attend, inverse_frequencies, rotary_table
+from outdraft.models.layers import Attend, at_least_fp32, inverse_frequencies, rotary_table
 from outdraft.ops.base import Heads, Ops, Rotary, Weight
 from outdraft.ops.stored import StoredWeight, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
@@ -162,11 +162,6 @@ class Layer:
         return cls(norms, matrices, scalar, gate_up[0].shape[0])
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or as it is when wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class Gemma4:
     """A Gemma 4 text model over given weights and operations."""
 
@@ -208,6 +203,7 @@ class Gemma4:
                     config.rope[kind].theta,
                     config.rope[kind].partial_rotary_factor,
                 ),
+                ops.device,
             )
             for kind in dict.fromkeys(config.layer_types)
         }
@@ -251,7 +247,7 @@ class Gemma4:
             y = self._feedforward(layer, x, normed)
             after = layer.norms["post_feedforward_layernorm"]
             if ple_TL is not None:
-                x = self.ops.add(self.ops.rms_norm(y, after, eps), x)
+                x, _ = self.ops.add_norm(y, x, after, eps)
                 y = self._per_layer_update(index, layer, x, ple_TL)
                 after = layer.norms["post_per_layer_input_norm"]
             x, normed = self.ops.add_norm(

@@ -132,8 +132,22 @@ class Gemma4Assistant:
         """fp32 scores [T, V], without a soft-cap; `-inf` where the centroid head did not look."""
         if self.ordering_CN is None:
             return self.text.logits(normed_Th)
-        scores_TC = self.ops.linear(normed_Th, self.centroids, torch.float32)
-        best_TA = self.ops.top(scores_TC, self.config.centroid_top_k)
         return self.ops.score_blocks(
-            normed_Th, self.blocks, self.ordering_CN, best_TA, self.config.text.vocab_size
+            normed_Th,
+            self.blocks,
+            self.ordering_CN,
+            self._likeliest_blocks(normed_Th),
+            self.config.text.vocab_size,
         )
+
+    def best(self, normed_Th: Tensor) -> tuple[Tensor, Tensor]:
+        """The id of the largest of `logits`, and what softmax over them gives it."""
+        if self.ordering_CN is None:
+            return self.ops.best(self.text.logits(normed_Th))
+        return self.ops.best_of_blocks(
+            normed_Th, self.blocks, self.ordering_CN, self._likeliest_blocks(normed_Th)
+        )
+
+    def _likeliest_blocks(self, normed_Th: Tensor) -> Tensor:
+        scores_TC = self.ops.linear(normed_Th, self.centroids, torch.float32)
+        return self.ops.top(scores_TC, self.config.centroid_top_k)

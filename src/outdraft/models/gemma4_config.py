@@ -4,11 +4,13 @@ Here: the shape of a text model and what an assistant adds to it. Not here: weig
 Field names are those of the published files.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from outdraft.errors import ModelError
+from outdraft.models.layers import positive
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 KINDS: tuple[LayerKind, ...] = ("sliding_attention", "full_attention")
@@ -67,6 +69,11 @@ class Gemma4Config:
     dtype: str
 
     @property
+    def head_dims(self) -> tuple[int, ...]:
+        """Of all layers."""
+        return tuple(shape.head_dim for shape in self.attention)
+
+    @property
     def n_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layer_types)
@@ -118,14 +125,14 @@ class Gemma4Config:
         if not 0 <= shared <= len(layer_types):
             raise ModelError(f"num_kv_shared_layers is {shared}", "check config.json")
         return cls(
-            vocab_size=_positive(text, "vocab_size"),
-            hidden_size=_positive(text, "hidden_size"),
-            intermediate_size=_positive(text, "intermediate_size"),
+            vocab_size=positive(text, "vocab_size"),
+            hidden_size=positive(text, "hidden_size"),
+            intermediate_size=positive(text, "intermediate_size"),
             layer_types=layer_types,
             attention=tuple(_attention(text, i, kind) for i, kind in enumerate(layer_types)),
             rope=_ropes(text),
-            sliding_window=_positive(text, "sliding_window"),
-            max_position_embeddings=_positive(text, "max_position_embeddings"),
+            sliding_window=positive(text, "sliding_window"),
+            max_position_embeddings=positive(text, "max_position_embeddings"),
             rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
             final_logit_softcapping=text.get("final_logit_softcapping"),
             num_kv_shared_layers=shared,
@@ -177,7 +184,7 @@ class AssistantConfig:
                 "an assistant reads all keys and values from its target; check its config.json",
             )
         ordered = bool(config.get("use_ordered_embeddings"))
-        n_centroids = _positive(config, "num_centroids") if ordered else 0
+        n_centroids = positive(config, "num_centroids") if ordered else 0
         if ordered and text.vocab_size % n_centroids:
             raise ModelError(
                 f"{n_centroids} centroids do not divide {text.vocab_size} tokens",
@@ -185,18 +192,11 @@ class AssistantConfig:
             )
         return cls(
             text=text,
-            backbone_hidden_size=_positive(config, "backbone_hidden_size"),
+            backbone_hidden_size=positive(config, "backbone_hidden_size"),
             n_centroids=n_centroids,
-            centroid_top_k=_positive(config, "centroid_intermediate_top_k") if ordered else 0,
+            centroid_top_k=positive(config, "centroid_intermediate_top_k") if ordered else 0,
             n_draft_default=int((generation or {}).get("num_assistant_tokens") or 4),
         )
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"config.json: {key} is {value!r}", "it has to be a positive whole number")
-    return value
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
@@ -217,7 +217,7 @@ def _refuse_unsupported(text: Mapping[str, Any]) -> None:
 
 
 def _layer_types(text: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    n_layers = _positive(text, "num_hidden_layers")
+    n_layers = positive(text, "num_hidden_layers")
     given = text.get("layer_types")
     if given is None:  # transformers' default: five sliding layers, then a full one
         given = [KINDS[(i + 1) % 6 == 0] for i in range(n_layers)]
@@ -233,7 +233,7 @@ def _attention(text: Mapping[str, Any], layer: int, kind: LayerKind) -> Attentio
     """Published files have `global_head_dim`; transformers saves `per_layer_config` instead."""
     full = kind == "full_attention"
     k_eq_v = full and bool(text.get("attention_k_eq_v"))
-    head_dim, n_kv = _positive(text, "head_dim"), _positive(text, "num_key_value_heads")
+    head_dim, n_kv = positive(text, "head_dim"), positive(text, "num_key_value_heads")
     per_layer = text.get("per_layer_config")
     if isinstance(per_layer, Mapping):
         override = per_layer.get(str(layer)) or per_layer.get(kind) or {}
@@ -243,7 +243,7 @@ def _attention(text: Mapping[str, Any], layer: int, kind: LayerKind) -> Attentio
         head_dim = text.get("global_head_dim") or 512
         if k_eq_v:
             n_kv = text.get("num_global_key_value_heads") or n_kv
-    n_heads = _positive(text, "num_attention_heads")
+    n_heads = positive(text, "num_attention_heads")
     if n_heads % n_kv or head_dim % 2:
         raise ModelError(
             f"layer {layer}: {n_heads} heads, {n_kv} key/value heads of {head_dim} do not fit",
@@ -277,7 +277,37 @@ def _ropes(text: Mapping[str, Any]) -> dict[LayerKind, Rope]:
 
 def _moe(text: Mapping[str, Any]) -> MoeShape:
     return MoeShape(
-        n_experts=_positive(text, "num_experts"),
-        top_k=_positive(text, "top_k_experts"),
-        intermediate_size=_positive(text, "moe_intermediate_size"),
+        n_experts=positive(text, "num_experts"),
+        top_k=positive(text, "top_k_experts"),
+        intermediate_size=positive(text, "moe_intermediate_size"),
     )
+
+
+def describe(config: Gemma4Config) -> dict[str, str | int | float]:
+    """A text model's shape in the terms of its config."""
+    kinds = Counter(kind.removesuffix("_attention") for kind in config.layer_types)
+    shape: dict[str, str | int | float] = {
+        "layers": f"{config.n_layers} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})",
+        "hidden size": config.hidden_size,
+        "MLP": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "window": config.sliding_window,
+        "type": config.dtype,
+    }
+    for kind in dict.fromkeys(config.layer_types):
+        heads = config.attention[config.layer_types.index(kind)]
+        values = ", values made from keys" if heads.k_eq_v else ""
+        shape[f"{kind.removesuffix('_attention')} heads"] = (
+            f"{heads.n_heads} query, {heads.n_kv_heads} key/value of {heads.head_dim}{values}"
+        )
+    if config.num_kv_shared_layers:
+        shape["layers that share keys and values"] = config.num_kv_shared_layers
+    if config.ple_size:
+        shape["per-layer embedding"] = config.ple_size
+    if config.moe is not None:
+        shape["experts"] = (
+            f"{config.moe.n_experts}, {config.moe.top_k} a token, "
+            f"inner size {config.moe.intermediate_size}"
+        )
+    return shape

@@ -20,6 +20,8 @@ PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
+Activation = Literal["gelu_tanh", "silu", "sigmoid"]
+
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
 
@@ -84,16 +86,48 @@ class Heads:
     """Raw keys or values of one call, with what is to be done to them before they are stored.
 
     Storing is part of it because a kernel does norm, rotation and the write to memory at once.
+    `eps` None: no norm.
     """
 
     raw_TGD: Tensor
     norm_D: Tensor | None
     rotary: Rotary | None
-    eps: float
+    eps: float | None
 
     def value(self, ops: "Ops") -> Tensor:
         """Normed and rotated, [T, G, D]."""
         return ops.norm_rope(self.raw_TGD, self.norm_D, self.rotary, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Where recurrent states come from and go to; all int32.
+
+    Rows of a sequence lie together, in order. The first of them continues from state `read_T[t]`
+    (-1: zeros), each other from the row before it; the state after row t is put into
+    `write_T[t]` unless that is -1. No row reads what another row of the call writes.
+    """
+
+    sequence_T: Tensor
+    read_T: Tensor
+    write_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaGates:
+    """Of a gated delta rule's heads, fp32 [H]: -exp(A_log), and dt_bias."""
+
+    decay_H: Tensor
+    bias_H: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Weights of a gated delta rule's recurrence: convolution fp32 [W, C], gates, key heads."""
+
+    conv_WC: Tensor
+    gates: DeltaGates
+    n_k_heads: int
 
 
 class Ops(Protocol):
@@ -101,6 +135,11 @@ class Ops(Protocol):
 
     def describe(self) -> str:
         """What computes and how weights are stored, in a few words for people."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, keys, values and all tensors of a call are."""
         ...
 
     @property
@@ -151,9 +190,12 @@ class Ops(Protocol):
         ...
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
-        """RMS norm over each head, then rotation of (i, i + D/2) pairs unless `rotary` is None."""
+        """RMS norm over each head, then rotation of (i, i + D/2) pairs unless `rotary` is None.
+
+        With an `eps` of None there is no norm.
+        """
         ...
 
     def write_heads(
@@ -165,13 +207,17 @@ class Ops(Protocol):
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """As `norm_rope`, written into pages of keys or of values."""
         ...
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
-        """gelu_tanh(gate) * up."""
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
+        """activation(gate) * up."""
+        ...
+
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """sigmoid(gate) * x, the gate (fp32) one number a row; [T, K]."""
         ...
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
@@ -189,7 +235,13 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, x_TK: Tensor, gate_up: Weight, down: Weight, ids_TA: Tensor, weights_TA: Tensor
+        self,
+        x_TK: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        ids_TA: Tensor,
+        weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K]."""
         ...
@@ -208,10 +260,58 @@ class Ops(Protocol):
         """fp32 scores [T, V] of the tokens in each row's chosen blocks, -inf elsewhere."""
         ...
 
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: Weight, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`best` of `score_blocks`, without the scores."""
+        ...
+
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
         """tanh(logits / cap) * cap of fp32 logits; may be done in place."""
         ...
 
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """int32 id of each row's largest fp32 logit, the lowest of equals."""
+        ...
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """`argmax` of each row, and what softmax over its fp32 logits gives it: int32, fp32 [T]."""
+        ...
+
+    def short_conv(
+        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+    ) -> Tensor:
+        """silu of a causal convolution over rows, each channel by itself; fp32 [T, C].
+
+        Args:
+            x_TC: inputs.
+            weight_WC: fp32; the last row is for the newest input.
+            state_SWC: fp32 [S, W - 1, C], the inputs before, oldest first.
+            rows: where they are.
+        """
+        ...
+
+    def delta_rule(
+        self,
+        qkv_TC: Tensor,
+        a_TH: Tensor,
+        b_TH: Tensor,
+        gates: DeltaGates,
+        state_SHKV: Tensor,
+        rows: StateRows,
+        n_k_heads: int,
+    ) -> Tensor:
+        """The gated delta rule (Yang et al. 2024, arXiv:2412.06464), row by row; fp32 [T, H, V].
+
+        With q and k of unit length, g = exp(decay * softplus(a + bias)) and beta = sigmoid(b): the
+        state S [K, V] becomes g S + k (beta (v - g k S)), and the output is q S / sqrt(K).
+
+        Args:
+            qkv_TC: n_k_heads queries, as many keys, H values, one head after another.
+            state_SHKV: fp32.
+        """
+        ...
+
+    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """RMS norm over each head times the fp32 weight times silu(gate); [T, H, V]."""
         ...

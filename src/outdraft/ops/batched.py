@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import AttentionRows, KvPages, Rotary
-from outdraft.ops.reference import ReferenceOps
+from outdraft.ops.base import Activation, AttentionRows, KvPages, Rotary
+from outdraft.ops.reference import ReferenceOps, activate
 
 
 class BatchedOps(ReferenceOps):
@@ -28,19 +28,19 @@ class BatchedOps(ReferenceOps):
         return F.rms_norm(x_TK, (x_TK.shape[-1],), weight_K, eps)
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
         """See `Ops.norm_rope`."""
-        y = self.rms_norm(x_THD, weight_D, eps)
+        y = x_THD if eps is None else self.rms_norm(x_THD, weight_D, eps)
         if rotary is not None:
             cos, sin = (t[rotary.position_T][:, None] for t in (rotary.cos, rotary.sin))
             a, b = y.chunk(2, dim=-1)
             y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
         return y.to(x_THD.dtype)
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`."""
-        return F.gelu(gate_TK, approximate="tanh") * up_TK
+        return activate(gate_TK, activation) * up_TK
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """Not part of training.

@@ -2,31 +2,28 @@
 
 Every operation is row-invariant: a row's bits do not depend on the number of rows, on the other
 rows or on the number of threads. They do depend on the instruction set. Not here: what a model
-calls (ops/cpu.py), packing weights (ops/packed.py).
+calls (ops/cpu.py), packing weights (ops/packed.py), choosing by scores (ops/choices.py).
 Shapes: T rows, K inputs, N outputs, H query heads, G key/value heads, D head dimension, P pages,
 S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
-from outdraft.ops.packed import PackedLinear, dtype_code, matrix, no_matrix
-from outdraft.ops.program import Program
+from outdraft.ops.base import Activation, AttentionRows, KvPages, PageSlots, Rotary
+from outdraft.ops.calls import address, check, optional
+from outdraft.ops.choices import Choices
+from outdraft.ops.packed import PackedLinear, dtype_code, matrix
 
-_ACTIVATIONS = {"gelu_tanh": 0, "silu": 1}
+_ACTIVATIONS: dict[Activation, int] = {"gelu_tanh": 0, "silu": 1, "sigmoid": 2}
 
 
 @dataclass(slots=True, kw_only=True)
-class Kernels:
+class Kernels(Choices):
     """Kernel calls that run at once, or are recorded when `program` is set."""
-
-    program: Program | None = None
-    _prepared_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def linear(
         self, x_TK: Tensor, weight: PackedLinear, dtype: torch.dtype | None = None
@@ -36,7 +33,7 @@ class Kernels:
         w8 quantises each row of x to int8, w4 each group of a row.
         """
         assert x_TK.shape[1] == weight.k and weight.n_blocks == 1
-        y_TN = torch.empty(x_TK.shape[0], weight.n, dtype=dtype or x_TK.dtype)
+        y_TN = self.empty((x_TK.shape[0], weight.n), dtype or x_TK.dtype)
         prepared = self._prepared(weight, x_TK.shape[0])
         _core.linear(
             self._target(x_TK, weight, y_TN, prepared),
@@ -51,7 +48,7 @@ class Kernels:
     def group_pairs(self, ids_TA: Tensor, n_experts: int) -> Tensor:
         """The pairs (row, expert) of int32 ids sorted by expert, for `expert_linear`."""
         assert ids_TA.dtype == torch.int32 and ids_TA.is_contiguous()
-        groups = torch.empty(_core.pair_groups_size(ids_TA.numel(), n_experts), dtype=torch.int32)
+        groups = self.empty((_core.pair_groups_size(ids_TA.numel(), n_experts),), torch.int32)
         _core.group_pairs(
             self._target(ids_TA, groups),
             ids_TA.data_ptr(),
@@ -77,7 +74,7 @@ class Kernels:
             n_pairs: T * A.
         """
         assert x.shape[1] == weight.k and n_pairs % x.shape[0] == 0
-        y_PN = torch.empty(n_pairs, weight.n, dtype=dtype or x.dtype)
+        y_PN = self.empty((n_pairs, weight.n), dtype or x.dtype)
         prepared = self._prepared(weight, x.shape[0])
         _core.expert_linear(
             self._target(x, weight, groups, y_PN, prepared),
@@ -95,8 +92,8 @@ class Kernels:
         """Weighted sum of each row's A results, [T, K], added in the order of A."""
         n_rows, count = weights_TA.shape
         assert x_PK.shape[0] == n_rows * count
-        _check(weights_TA, torch.float32)
-        y_TK = torch.empty(n_rows, x_PK.shape[1], dtype=x_PK.dtype)
+        check(weights_TA, torch.float32)
+        y_TK = self.empty((n_rows, x_PK.shape[1]), x_PK.dtype)
         _core.combine(
             self._target(x_PK, weights_TA, y_TK),
             matrix(x_PK),
@@ -114,9 +111,9 @@ class Kernels:
         n_kv_heads = kv.k_PGSD.shape[1]
         assert n_heads % n_kv_heads == 0 and kv.k_PGSD.shape[3] == dim and dim % 16 == 0
         for index in (rows.first_page_B, rows.sequence_T, rows.lo_T, rows.hi_T):
-            _check(index, torch.int32)
+            check(index, torch.int32)
         assert rows.table_BP.dtype == torch.int32 and rows.table_BP.stride(1) == 1
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+        out_THD = self.empty(q_THD.shape, q_THD.dtype)
         _core.attention(
             self._target(q_THD, out_THD, kv, rows),
             matrix(q_THD),
@@ -138,7 +135,7 @@ class Kernels:
         self, x_TK: Tensor, weight_K: Tensor | None, eps: float, dtype: torch.dtype | None = None
     ) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight (fp32), in `dtype` or that of x."""
-        y_TK = torch.empty(x_TK.shape, dtype=dtype or x_TK.dtype)
+        y_TK = self.empty(x_TK.shape, dtype or x_TK.dtype)
         self._norm(x_TK, None, y_TK, None, weight_K, None, eps, 1.0, False)
         return y_TK
 
@@ -153,21 +150,21 @@ class Kernels:
         next_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """y = (residual + norm(x) * weight) * scale and norm(y) * next_weight, as the residual."""
-        y_TK, next_TK = torch.empty_like(residual_TK), torch.empty_like(residual_TK)
+        y_TK, next_TK = (self.empty(residual_TK.shape, residual_TK.dtype) for _ in range(2))
         self._norm(x_TK, residual_TK, y_TK, next_TK, weight_K, next_weight, eps, scale, False)
         return y_TK, next_TK
 
     def add(self, x_TK: Tensor, residual_TK: Tensor, scale: float = 1.0) -> Tensor:
         """(residual + x) * scale in the type of the residual."""
-        y_TK = torch.empty_like(residual_TK)
+        y_TK = self.empty(residual_TK.shape, residual_TK.dtype)
         self._norm(x_TK, residual_TK, y_TK, None, None, None, 0.0, scale, True)
         return y_TK
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
-        """RMS norm of each head, then rotation of pairs (i, i + D/2); [T, H, D]."""
-        out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+        """RMS norm of each head (`eps` None: none), then rotation of pairs (i, i + D/2)."""
+        out_THD = self.empty(x_THD.shape, x_THD.dtype)
         self._head_norm(x_THD, out_THD, None, None, None, weight_D, rotary, eps)
         return out_THD
 
@@ -180,18 +177,16 @@ class Kernels:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """As `norm_rope`, written into pages of keys or of values (int8 ones with their scale)."""
         assert pages_PGSD.is_contiguous() and pages_PGSD.shape[1] == x_TGD.shape[1]
         assert (scales_PGS is not None) == (pages_PGSD.dtype == torch.int8)
         self._head_norm(x_TGD, None, pages_PGSD, scales_PGS, slots, weight_D, rotary, eps)
 
-    def activate(
-        self, gate_TK: Tensor, up_TK: Tensor, activation: Literal["gelu_tanh", "silu"]
-    ) -> Tensor:
+    def activate(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up in the type of the gate."""
-        out_TK = torch.empty(gate_TK.shape, dtype=gate_TK.dtype)
+        out_TK = self.empty(gate_TK.shape, gate_TK.dtype)
         _core.gated(
             self._target(gate_TK, up_TK, out_TK),
             matrix(gate_TK),
@@ -206,7 +201,7 @@ class Kernels:
         self, weight: PackedLinear, token_T: Tensor, scale: float, out_TK: Tensor
     ) -> Tensor:
         """Rows `token_T` (int32) of a packed weight times scale, into `out_TK`."""
-        _check(token_T, torch.int32)
+        check(token_T, torch.int32)
         assert out_TK.shape == (token_T.shape[0], weight.k)
         _core.embed(
             self._target(weight, token_T, out_TK),
@@ -221,7 +216,7 @@ class Kernels:
     def copy_rows(self, x: Tensor, out_TK: Tensor, row_T: Tensor | None = None) -> Tensor:
         """Rows `row_T` (int32; None: all, in order) of x into `out_TK`, changing type if needed."""
         if row_T is not None:
-            _check(row_T, torch.int32)
+            check(row_T, torch.int32)
         _core.copy_rows(
             self._target(x, row_T, out_TK),
             matrix(x),
@@ -230,34 +225,6 @@ class Kernels:
             *out_TK.shape,
         )
         return out_TK
-
-    def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
-        """tanh(logits / cap) * cap in place, fp32."""
-        assert logits_TV.dtype == torch.float32
-        _core.softcap(self._target(logits_TV), matrix(logits_TV), cap, *logits_TV.shape)
-        return logits_TV
-
-    def argmax(self, logits_TV: Tensor) -> Tensor:
-        """int32 id of each row's largest fp32 logit, the lowest of equals."""
-        return self._argmax(logits_TV, None, None, 0)
-
-    def argmax_of_blocks(self, scores_TX: Tensor, ids_EN: Tensor, chosen_TA: Tensor) -> Tensor:
-        """As `argmax`, where row t has scores of the blocks `chosen_TA[t]` of ids (int32) only."""
-        _check(ids_EN, torch.int32)
-        _check(chosen_TA, torch.int32)
-        assert scores_TX.shape[1] == chosen_TA.shape[1] * ids_EN.shape[1]
-        return self._argmax(scores_TX, ids_EN, chosen_TA, ids_EN.shape[1])
-
-    def top(self, scores_TE: Tensor, count: int) -> Tensor:
-        """int32 [T, count]: the largest of each row of fp32 scores, largest first, then lowest."""
-        return self._top(scores_TE, count, None, None)
-
-    def route(
-        self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """`top` and its fp32 weights: softmax made to sum to one, times `per_expert_E`."""
-        weights_TA = torch.empty(scores_TE.shape[0], count)
-        return self._top(scores_TE, count, weights_TA, per_expert_E), weights_TA
 
     def _norm(
         self,
@@ -276,11 +243,11 @@ class Kernels:
         _core.norm(
             self._target(x, residual, out, next_out, weight, next_weight),
             matrix(x),
-            _optional(residual),
+            optional(residual),
             matrix(out),
-            _optional(next_out),
-            _address(weight),
-            _address(next_weight),
+            optional(next_out),
+            address(weight),
+            address(next_weight),
             eps,
             scale,
             plain,
@@ -296,93 +263,33 @@ class Kernels:
         slots: PageSlots | None,
         weight: Tensor | None,
         rotary: Rotary | None,
-        eps: float,
+        eps: float | None,
     ) -> None:
         n_rows, n_heads, dim = x_THD.shape
         assert dim % (16 if rotary is None else 32) == 0
         assert weight is None or weight.dtype == torch.float32
         if rotary is not None:
-            _check(rotary.cos, torch.float32)
-            _check(rotary.sin, torch.float32)
-            _check(rotary.position_T, torch.int32)
+            check(rotary.cos, torch.float32)
+            check(rotary.sin, torch.float32)
+            check(rotary.position_T, torch.int32)
         _core.head_norm(
             self._target(x_THD, out, pages, scales, slots, weight, rotary),
             matrix(x_THD),
-            _optional(out),
-            _address(pages),
-            _address(scales),
+            optional(out),
+            address(pages),
+            address(scales),
             0 if slots is None else slots.page_T.data_ptr(),
             0 if slots is None else slots.slot_T.data_ptr(),
-            _address(weight),
+            address(weight),
             0 if rotary is None else rotary.cos.data_ptr(),
             0 if rotary is None else rotary.sin.data_ptr(),
             0 if rotary is None else rotary.position_T.data_ptr(),
-            eps,
+            -1.0 if eps is None else eps,
             0 if pages is None else dtype_code(pages.dtype),
             n_rows,
             n_heads,
             dim,
         )
-
-    def _argmax(
-        self, logits: Tensor, ids: Tensor | None, chosen: Tensor | None, block: int
-    ) -> Tensor:
-        assert logits.dtype == torch.float32
-        out_T = torch.empty(logits.shape[0], dtype=torch.int32)
-        _core.argmax(
-            self._target(logits, ids, chosen, out_T),
-            matrix(logits),
-            _address(ids),
-            _address(chosen),
-            block,
-            out_T.data_ptr(),
-            *logits.shape,
-        )
-        return out_T
-
-    def _top(
-        self, scores: Tensor, count: int, weights: Tensor | None, per_expert: Tensor | None
-    ) -> Tensor:
-        assert scores.dtype == torch.float32 and 0 < count <= scores.shape[1]
-        ids_TA = torch.empty(scores.shape[0], count, dtype=torch.int32)
-        _core.top(
-            self._target(scores, ids_TA, weights, per_expert),
-            matrix(scores),
-            ids_TA.data_ptr(),
-            _address(weights),
-            _address(per_expert),
-            count,
-            *scores.shape,
-        )
-        return ids_TA
-
-    def _target(self, *used: object) -> _core.Program | None:
-        """The program to record into, which then keeps what the call uses."""
-        if self.program is None:
-            return None
-        self.program.tensors.append(used)
-        return self.program.core
-
-    def _prepared(self, weight: PackedLinear, n_rows: int) -> Tensor:
-        """Memory for the prepared rows; calls that run at once share one, recorded ones do not."""
-        n_bytes = _core.prepared_bytes(weight.core, n_rows)
-        if self.program is not None:
-            return torch.empty(n_bytes, dtype=torch.uint8)
-        if self._prepared_rows.numel() < n_bytes:
-            self._prepared_rows = torch.empty(n_bytes, dtype=torch.uint8)
-        return self._prepared_rows
-
-
-def _check(x: Tensor, dtype: torch.dtype) -> None:
-    assert x.dtype == dtype and x.is_contiguous() and x.device.type == "cpu"
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _optional(x: Tensor | None) -> _core.Matrix:
-    return no_matrix() if x is None else matrix(x)
 
 
 def _kv_pages(kv: KvPages) -> _core.KvPages:
@@ -392,8 +299,8 @@ def _kv_pages(kv: KvPages) -> _core.KvPages:
     return _core.KvPages(
         k.data_ptr(),
         v.data_ptr(),
-        _address(kv.k_scales_PGS),
-        _address(kv.v_scales_PGS),
+        address(kv.k_scales_PGS),
+        address(kv.v_scales_PGS),
         dtype_code(k.dtype),
         k.shape[1],
         k.shape[3],

@@ -23,6 +23,9 @@ GROUP_SIZES = (32, 64, 128)
 MAX_INPUTS = 65536
 """int32 sums of products of bytes stay exact up to here."""
 
+LAYOUT = _core.packed_layout()
+"""Name of the layout that the kernels read: packed weights of another one are of no use."""
+
 _FORMAT_CODES: dict[Format, int] = {"bf16": 0, "w8": 1, "w4": 2}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -36,6 +39,25 @@ def matrix(x: Tensor) -> _core.Matrix:
     """A tensor [rows, ...] whose rows are contiguous, as the core takes it."""
     assert x.device.type == "cpu" and x.dim() >= 2 and x[0].is_contiguous()
     return _core.Matrix(x.data_ptr(), x.stride(0), dtype_code(x.dtype))
+
+
+def part_bytes(
+    format: Format, n: int, k: int, *, group: int, n_blocks: int = 1, zero_points: bool = False
+) -> tuple[int, int, int]:
+    """Bytes of the data, the scales and the zeros of a packed weight; see `PackedLinear`."""
+    rows = -(-n // PANEL_ROWS) * PANEL_ROWS * n_blocks
+    if format == "w4":
+        groups = -(-k // group)
+        return rows * groups * group // 2, rows * groups * 2, rows * groups * zero_points
+    if format == "w8":
+        return rows * (-(-k // 4) * 4), rows * 4, rows * 4
+    return rows * (-(-k // 2) * 4), 0, 0
+
+
+def part_types(format: Format) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Element types of the same three."""
+    scales = torch.float16 if format == "w4" else torch.float32
+    return torch.uint8, scales, torch.int32 if format == "w8" else torch.uint8
 
 
 def no_matrix() -> _core.Matrix:
@@ -86,19 +108,11 @@ class PackedLinear:
         """
         assert n > 0 and 0 < k <= MAX_INPUTS and n_blocks > 0
         assert format != "w4" or group in GROUP_SIZES
-        rows = -(-n // PANEL_ROWS) * PANEL_ROWS * n_blocks
-        groups = -(-k // group)
-        if format == "w4":
-            data = _zero_bytes(rows * groups * group // 2)
-            scales = _zero_bytes(rows * groups * 2).view(torch.float16)
-            zeros = _zero_bytes(rows * groups if zero_points else 0)
-        elif format == "w8":
-            data = _zero_bytes(rows * (-(-k // 4) * 4))
-            scales = _zero_bytes(rows * 4).view(torch.float32)
-            zeros = _zero_bytes(rows * 4).view(torch.int32)
-        else:
-            data = _zero_bytes(rows * (-(-k // 2) * 4))
-            scales, zeros = torch.zeros(0), torch.zeros(0, dtype=torch.uint8)
+        sizes = part_bytes(format, n, k, group=group, n_blocks=n_blocks, zero_points=zero_points)
+        data, scales, zeros = (
+            _zero_bytes(size).view(dtype)
+            for size, dtype in zip(sizes, part_types(format), strict=True)
+        )
         return cls.of_memory(
             format,
             n,

@@ -18,7 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
+from outdraft.ops import recurrent_reference
+from outdraft.ops.base import (
+    PAGE_SLOTS,
+    Activation,
+    AttentionRows,
+    DeltaGates,
+    KvPages,
+    PageSlots,
+    Role,
+    Rotary,
+    StateRows,
+)
 
 TILE_ROWS = 8
 _VECTOR = 64  # elements: a multiple of what any vectorised loop takes at once
@@ -50,6 +61,11 @@ class ReferenceOps:
     def describe(self) -> str:
         """See `Ops.describe`."""
         return "reference (PyTorch)" if self.tile == TILE_ROWS else "reference, row by row"
+
+    @property
+    def device(self) -> torch.device:
+        """See `Ops.device`."""
+        return torch.device("cpu")
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -107,10 +123,10 @@ class ReferenceOps:
         return y_TK if scale == 1.0 else y_TK * scale
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
         """See `Ops.norm_rope`."""
-        y = _rms_norm_fp32(x_THD, weight_D, eps)
+        y = x_THD.float() if eps is None else _rms_norm_fp32(x_THD, weight_D, eps)
         if rotary is not None:
             at_T = rotary.position_T[: x_THD.shape[0]]  # a call's padding rows are not stored
             cos, sin = rotary.cos[at_T][:, None], rotary.sin[at_T][:, None]
@@ -127,26 +143,30 @@ class ReferenceOps:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """See `Ops.write_heads`."""
         assert scales_PGS is None
         heads_TGD = self.norm_rope(x_TGD, weight_D, rotary, eps)
         pages_PGSD[slots.page_T, :, slots.slot_T] = heads_TGD.to(pages_PGSD.dtype)
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`.
 
-        PyTorch computes whole vectors of gelu with one formula and what is left over with another,
+        PyTorch computes whole vectors of these with one formula and what is left over with another,
         whose low bits differ; so the call is made of whole vectors, in lengths that run on one
         thread.
         """
         flat = gate_TK.reshape(-1)
         n = flat.shape[0]
         parts = torch.split(pad_rows(flat, _VECTOR), _SERIAL)
-        done = [F.gelu(part, approximate="tanh") for part in parts]
+        done = [activate(part, activation) for part in parts]
         whole = done[0] if len(done) == 1 else torch.cat(done)
         return whole[:n].view(gate_TK.shape) * up_TK
+
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """See `Ops.gate_rows`."""
+        return x_TK * self.gated(gate_T1, torch.ones_like(gate_T1), "sigmoid").to(x_TK.dtype)
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """See `Ops.attention`. Scores and sums are fp32 whatever the inputs are."""
@@ -207,19 +227,50 @@ class ReferenceOps:
         return ids_TA, weights_TA
 
     def experts(
-        self, x_TK: Tensor, gate_up: Tensor, down: Tensor, ids_TA: Tensor, weights_TA: Tensor
+        self,
+        x_TK: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids_TA: Tensor,
+        weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`. A row's experts are added in the order of its `ids_TA`."""
         parts_TAK = torch.empty(*ids_TA.shape, x_TK.shape[1], dtype=x_TK.dtype)
         for expert in torch.unique(ids_TA).tolist():
             row, slot = torch.where(ids_TA == expert)
             gate, up = self.linear(x_TK[row], gate_up[expert]).chunk(2, dim=-1)
-            y = self.linear(self.gated(gate, up), down[expert])
+            y = self.linear(self.gated(gate, up, activation), down[expert])
             parts_TAK[row, slot] = y * weights_TA[row, slot, None].to(y.dtype)
         total = parts_TAK[:, 0]
         for other in range(1, parts_TAK.shape[1]):
             total = total + parts_TAK[:, other]
         return total
+
+    def short_conv(
+        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+    ) -> Tensor:
+        """See `Ops.short_conv`."""
+        return recurrent_reference.short_conv(x_TC, weight_WC, state_SWC, rows)
+
+    def delta_rule(
+        self,
+        qkv_TC: Tensor,
+        a_TH: Tensor,
+        b_TH: Tensor,
+        gates: DeltaGates,
+        state_SHKV: Tensor,
+        rows: StateRows,
+        n_k_heads: int,
+    ) -> Tensor:
+        """See `Ops.delta_rule`."""
+        return recurrent_reference.delta_rule(
+            qkv_TC, a_TH, b_TH, gates, state_SHKV, rows, n_k_heads
+        )
+
+    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """See `Ops.gated_norm`."""
+        return recurrent_reference.gated_norm(x_THV, gate_THV, weight_V, eps)
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
         """See `Ops.top`. A stable sort, unlike topk, promises the lowest id of equals."""
@@ -246,6 +297,21 @@ class ReferenceOps:
     def argmax(self, logits_TV: Tensor) -> Tensor:
         """See `Ops.argmax`."""
         return torch.argmax(logits_TV, dim=-1).int()  # documented to return the first maximum
+
+    def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops.best`."""
+        return self.argmax(logits_TV), probability_of_largest(logits_TV)
+
+    def best_of_blocks(
+        self, x_TK: Tensor, blocks: Tensor, ids_CN: Tensor, chosen_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.best_of_blocks`."""
+        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
+
+
+def probability_of_largest(logits_TV: Tensor) -> Tensor:
+    """What softmax gives the largest of each row, [T]."""
+    return 1 / torch.exp(logits_TV - logits_TV.amax(dim=-1, keepdim=True)).sum(dim=-1)
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
@@ -288,6 +354,13 @@ def _by_sequence(rows: AttentionRows) -> list[PagedRows]:
         parts.append(PagedRows(start, pages, first, own_lo, own_hi))
         start = end
     return parts
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """gelu_tanh, silu or sigmoid of x."""
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
 def _rms_norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: N output rows, K inputs, E blocks (experts), C groups of inputs that sha
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from outdraft.ops.packed import Format, PackedLinear
 
-CHUNK_BYTES = 8 << 20
-"""Most bytes of a weight, as the compute type, that are unpacked at once."""
+CHUNK_BYTES = 1 << 20
+"""Most bytes of a weight, as the compute type, that are unpacked at once.
+
+About three times as much is in memory: what is read, what it is joined to, and the last one."""
 
 Form = Literal["float", "int8", "int4"]
 
@@ -93,11 +95,14 @@ class StoredWeight:
         return (torch.stack(blocks) if self.ndim == 3 else blocks[0]).contiguous()
 
     def take(self, ids_CN: Tensor) -> "StoredWeight":
-        """Rows `ids_CN` of a weight [V, K] as C blocks; all of it is read at once."""
+        """Rows `ids_CN` of a weight [V, K] as C blocks; the first read reads all of it at once."""
         assert self.ndim == 2
-        whole = self.read(0, 0, self.shape[0])
+        kept: list[Rows] = []
 
         def read(block: int, first: int, count: int) -> Rows:
+            if not kept:
+                kept.append(self.read(0, 0, self.shape[0]))
+            (whole,) = kept
             ids = ids_CN[block, first : first + count].long()
             if isinstance(whole, Int8Rows):
                 return Int8Rows(whole.data_NK[ids], whole.scales_N[ids])
@@ -109,6 +114,14 @@ class StoredWeight:
         shape = (*ids_CN.shape, self.shape[1])
         key = f"{self.key}[blocks]"
         return StoredWeight(key, shape, self.dtype, self.form, read, self.group, self.zero_points)
+
+
+def reorder(weight: Tensor | StoredWeight, ids_N: Tensor) -> Any:
+    """Rows `ids_N` of a weight [N, K] as one of its kind."""
+    if isinstance(weight, Tensor):
+        return weight[ids_N]
+    taken = weight.take(ids_N[None])
+    return replace(taken, shape=taken.shape[1:], key=f"{weight.key}[reordered]")
 
 
 def stack(parts: Sequence[Tensor | StoredWeight]) -> Any:
@@ -161,6 +174,10 @@ def _joined(pieces: list[Rows]) -> Rows:
     )
 
 
+Packer = Callable[[StoredWeight, Format, int], PackedLinear]
+"""Packs a weight in a format, trying a number of scales, or has it packed already."""
+
+
 def pack_stored(weight: StoredWeight, format: Format, candidates: int) -> PackedLinear:
     """Pack a weight chunk by chunk.
 
@@ -168,9 +185,8 @@ def pack_stored(weight: StoredWeight, format: Format, candidates: int) -> Packed
     are; others are dequantised and rounded anew (`PackedLinear.put_floats`).
     """
     n_blocks, n, k = weight.sizes
-    as_it_is = (weight.form, format) in (("int8", "w8"), ("int4", "w4"))
-    zero_points = as_it_is and weight.zero_points
-    group = weight.group if as_it_is and weight.group else 32
+    as_it_is = _is_taken_over(weight, format)
+    group, zero_points = packed_groups(weight, format)
     packed = PackedLinear.empty(
         format, n, k, group=group, n_blocks=n_blocks, zero_points=zero_points
     )
@@ -190,3 +206,13 @@ def pack_stored(weight: StoredWeight, format: Format, candidates: int) -> Packed
                     floats = floats.float()
                 packed.put_floats(floats, first=first, block=block, candidates=candidates)
     return packed
+
+
+def packed_groups(weight: StoredWeight, format: Format) -> tuple[int, bool]:
+    """Inputs that share a scale once `weight` is packed (w4), and whether it has zero-points."""
+    as_it_is = _is_taken_over(weight, format)
+    return weight.group if as_it_is and weight.group else 32, as_it_is and weight.zero_points
+
+
+def _is_taken_over(weight: StoredWeight, format: Format) -> bool:
+    return (weight.form, format) in (("int8", "w8"), ("int4", "w4"))

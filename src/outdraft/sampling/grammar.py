@@ -1,14 +1,17 @@
 """Grammars: which tokens may follow, by JSON schema, regular expression or Lark grammar.
 
 llguidance does the parsing; here it is bound to a tokenizer, bounded in what it may use, and its
-errors become ours. A grammar from a stranger can be built to explode: compiling it and every token
-have fuel, and what exceeds it fails with an error for its own request. Not here: when the mask is
-applied (state.py).
+errors become ours. A grammar from a stranger can be built to explode: compiling it has a deadline
+(compile_check.py) and every token has fuel, and what exceeds them fails with an error for its own
+request. Not here: when the mask is applied (state.py).
 
 Shapes: V vocabulary of the model, which may be padded beyond the tokenizer's.
 """
 
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -17,24 +20,35 @@ from torch import Tensor
 
 from outdraft.errors import SamplingError
 from outdraft.request import SamplingParams
+from outdraft.sampling.compile_check import CompileCheck, refused
 
-MAX_COMPILED = 32
-"""Grammars kept compiled, the most recently used."""
+KEPT_BYTES = 32 * 2**20
+"""Of compiled grammars kept, the most recently used; at least one is."""
 
-JSON_WHITESPACE = r"( |\n[ \t]{0,20})?"
-"""A space, or a new line and its indentation: bounded, so that no text is spaces without end."""
+LIMITS: dict[str, Any] = {"verbose_errors": False, "max_lexer_states": 50_000}
+"""Of llguidance, which sets the fuel itself. A lexer's state takes some hundred bytes."""
+
+JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON on one line, as Python's `json.dumps` writes it: no text is spaces without end, and what
+stands between values is known without the model."""
 
 
 class GrammarState:
     """A place in a grammar. An error is final."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos_ids: list[int]) -> None:
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        eos_ids: list[int],
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._matcher = matcher
         self._eos_ids = eos_ids
+        self._failed = failed
 
     def fork(self) -> "GrammarState":
         """Another one at the same place; microseconds. (Rolling back over an end is not safe.)"""
-        return GrammarState(self._matcher.deep_copy(), self._eos_ids)
+        return GrammarState(self._matcher.deep_copy(), self._eos_ids, self._failed)
 
     def push(self, token: int) -> None:
         """Go on by a token; one that is not allowed ends in an error."""
@@ -74,11 +88,15 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise _error(self._matcher)
+            self._failed()
+            raise refused(self._matcher.get_error())
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer.
+    """Compiles grammars for one tokenizer; any thread may ask.
+
+    Compiled ones are kept, the most recently used, as long as `KEPT_BYTES` are not exceeded by what
+    they are estimated to take.
 
     Args:
         tokenizer_json: the text of tokenizer.json.
@@ -92,28 +110,52 @@ class Grammars:
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer_json, n_vocab=vocab, eos_token=self._eos_ids
         )
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._check = CompileCheck(tokenizer_json, vocab, self._eos_ids, LIMITS)
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._n_bytes = 0
+        self._lock = threading.Lock()
 
     def start(self, params: SamplingParams) -> GrammarState:
         """The beginning of the grammar that a request asks for.
 
         Raises:
-            SamplingError: it is not valid, or too large.
+            SamplingError: it is not valid, too large, or takes too long.
         """
         source = _source(params)
-        matcher = self._compiled.get(source)
+        with self._lock:
+            matcher = self._compiled.get(source)
+            if matcher is not None:
+                self._compiled.move_to_end(source)
         if matcher is None:
+            self._check.check(source)
             matcher = llguidance.LLMatcher(
                 self._tokenizer, source, log_level=0, limits=self._limits
             )
             if matcher.is_error():
-                raise _error(matcher)
+                raise refused(matcher.get_error())
+            self._keep(source, matcher)
+        return GrammarState(matcher.deep_copy(), self._eos_ids, lambda: self._forget(source))
+
+    def _keep(self, source: str, matcher: llguidance.LLMatcher) -> None:
+        with self._lock:
+            if source not in self._compiled:  # another thread may have been faster
+                self._n_bytes += _size(source)
             self._compiled[source] = matcher
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(source)
-        return GrammarState(matcher.deep_copy(), self._eos_ids)
+            while self._n_bytes > KEPT_BYTES and len(self._compiled) > 1:
+                oldest, _ = self._compiled.popitem(last=False)
+                self._n_bytes -= _size(oldest)
+
+    def _forget(self, source: str) -> None:
+        """What failed in one request is not handed to another: they share lexer and its limits."""
+        with self._lock:
+            if self._compiled.pop(source, None) is not None:
+                self._n_bytes -= _size(source)
+
+
+def _size(source: str) -> int:
+    """About what a compiled grammar takes, its lexer's states included when it was used."""
+    return 2**19 + 64 * len(source)
 
 
 def _source(params: SamplingParams) -> str:
@@ -126,17 +168,8 @@ def _source(params: SamplingParams) -> str:
     schema = '{"type": "object"}' if params.json_object else params.json_schema
     assert isinstance(schema, str)
     try:
-        return str(
-            make.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITESPACE})
-        )
+        return str(make.grammar_from_json_schema(schema, overrides=JSON_LAYOUT))
     except ValueError as error:
         raise SamplingError(
             f"the JSON schema is not valid: {error}", "give a JSON schema as an object or its text"
         ) from error
-
-
-def _error(matcher: llguidance.LLMatcher) -> SamplingError:
-    text = matcher.get_error().replace("<non-verbose/>", "").strip()[:500]
-    return SamplingError(
-        f"the grammar cannot be followed: {text}", "check it, or make it simpler and smaller"
-    )

@@ -179,6 +179,12 @@ class SamplerState:
             )
         return row_V
 
+    def forced_tokens(self) -> list[int]:
+        """Tokens that the grammar lets follow whatever the model says; mostly none."""
+        if self.grammar is None or self.thinking is not None:
+            return []
+        return self.grammar.forced_tokens()
+
     def n_allowed(self, tokens: list[int]) -> int:
         """How many of these tokens, from the front, the options do not exclude for certain."""
         grammar = self._grammar_now

@@ -1,13 +1,17 @@
 """Two drafters in one batch: a long match in the text first, a model's guess otherwise.
 
-Who drafts for a sequence is chosen by its committed tokens alone, so the choice cannot depend on
-what was drawn or rejected (verify.py). Not here: either drafter, or how many tokens to draft.
+Who drafts for a sequence is chosen by its committed tokens and, where someone counts them, by how
+many drafts of either were kept, so not by drafts behind a rejection (verify.py).
+Not here: either drafter, or how many tokens to draft.
 
 Shapes: B sequences, K draft length.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+
+import torch
 
 from outdraft.speculate.drafter import Draft, Drafter, Taps, TargetView
 from outdraft.speculate.ngram import NgramDrafter, point_masses
@@ -22,6 +26,7 @@ class NgramFirst:
         self.name = f"{ngram.name}+{other.name}"
         self.needs = union(ngram.needs, other.needs)
         self._matched: set[str] = set()  # sequences whose last drafts were the n-gram's
+        self._chosen: Mapping[str, tuple[str, int]] = {}
 
     def open(self, sequence: str) -> None:
         """Open it for both."""
@@ -34,9 +39,21 @@ class NgramFirst:
         self.ngram.close(sequence)
         self.other.close(sequence)
 
+    def sources(self, sequence: str, tokens: list[int]) -> Seq[str]:
+        """See `ManySources`: a match in the text, and the other drafter."""
+        return (*self.ngram.sources(sequence, tokens), self.other.name)
+
+    def use(self, chosen: Mapping[str, tuple[str, int]]) -> None:
+        """See `ManySources`."""
+        self._chosen = chosen
+
     def propose(self, view: TargetView, k: int) -> Draft:
-        """See `Drafter.propose`. The other drafter is asked only for sequences without a match."""
-        found = [self.ngram.continuation(s, k) for s in view.sequences]
+        """See `Drafter.propose`. The other drafter is asked only for sequences without a match,
+        and for those that it was chosen for.
+        """
+        chosen, self._chosen = self._chosen, {}
+        other = {s for s, (source, _) in chosen.items() if source == self.other.name}
+        found = [[] if s.id in other else self.ngram.continuation(s, k) for s in view.sequences]
         self._matched -= {s.id for s in view.sequences}
         self._matched |= {s.id for s, tokens in zip(view.sequences, found, strict=True) if tokens}
         rest = [b for b, tokens in enumerate(found) if not tokens]
@@ -45,13 +62,18 @@ class NgramFirst:
         draft = point_masses(found, k)
         if not rest:
             return draft
-        own = self.other.propose(_part(view, rest), k)
+        own_k = max(1, *(chosen.get(view.sequences[b].id, ("", k))[1] for b in rest))
+        own = self.other.propose(_part(view, rest), own_k)
         width = own.tokens_BK.shape[1]
         for i, b in enumerate(rest):
             draft.tokens_BK[b, :width] = own.tokens_BK[i]
             draft.probs[b] = own.probs[i]
             draft.lengths[b] = own.lengths[i]
-        return draft
+        if own.confidence_BK is None:
+            return draft
+        confidence_BK = torch.full(draft.tokens_BK.shape, torch.nan)
+        confidence_BK[rest, :width] = own.confidence_BK
+        return replace(draft, confidence_BK=confidence_BK)
 
     def commit(self, view: TargetView, n_accepted: list[int]) -> None:
         """Tell each of the sequences that it drafted for."""

@@ -7,9 +7,10 @@ drafter a model gets (build.py), how many tokens to draft (engine/plan.py).
 Shapes: B sequences, K draft length, V vocabulary, H hidden size of the target.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class Draft:
     `tokens_BK` is int64, of which the first `lengths[b]` count. `probs[b]` is None for a point mass
     (argmax, n-gram); otherwise the distributions fp32 [K, V] that the tokens were drawn from.
     `confidence_BK`, fp32, is the probability that the drafter itself gives each token (softmax of
-    its raw scores, whatever the request's parameters), where it knows.
+    its raw scores, whatever the request's parameters); NaN or None where it does not know.
     """
 
     tokens_BK: Tensor
@@ -108,4 +109,32 @@ class Drafter(Protocol):
 
     def commit(self, view: TargetView, n_accepted: list[int]) -> None:
         """The target has kept `n_accepted[b]` of the drafts; the view is the one proposed from."""
+        ...
+
+
+@runtime_checkable
+class ReadsStates(Protocol):
+    """A drafter that reads the target's final hidden states of every committed token but the
+    newest, each once and in order.
+    """
+
+    def read(self, sequence: str, first: int, hidden_TH: Tensor) -> None:
+        """States of the tokens from position `first` on; the tensor may be overwritten later."""
+        ...
+
+
+@runtime_checkable
+class ManySources(Protocol):
+    """A drafter whose drafts come from sources that differ in quality and cost.
+
+    Which one drafts for a sequence is chosen before `propose`, from committed tokens and from how
+    many drafts of each source were kept before.
+    """
+
+    def sources(self, sequence: str, tokens: list[int]) -> Seq[str]:
+        """Who could draft for a sequence of these tokens now, the preferred one first."""
+        ...
+
+    def use(self, chosen: Mapping[str, tuple[str, int]]) -> None:
+        """For the next `propose`: the source of each sequence, and how many drafts it needs."""
         ...

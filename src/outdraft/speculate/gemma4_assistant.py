@@ -9,24 +9,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import ReadOnlyAttend
-from outdraft.cache.memory import Memory, Span
-from outdraft.cache.numbers import Numbers
+from outdraft.cache.attend import ReadOnlyAttend, first_visible
+from outdraft.cache.memory import Memory
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import AttentionRows
-from outdraft.ops.cpu import CpuOps
-from outdraft.ops.record import Recordable, Replayable, recording
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, draws
 
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 ONE_STEP = 0  # as a number of steps: one, that the caller repeats with tokens of its own choice
-MAX_RECORDINGS = 16  # each keeps the scores of all its steps
+MAX_RECORDINGS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,16 @@ class _Call:
 class _Recording:
     """A recorded round, or one step of it, for a number of sequences.
 
-    `logits_BV` are the scores of the last step; `best` has the argmax of every step.
+    `best` has the argmax of every step and `sure` what softmax gives it. `logits_BV` are the scores
+    of `ONE_STEP`; rounds keep none.
     """
 
     call: _Call
     hidden_BH: Tensor
     program: Replayable
-    logits_BV: Tensor
+    logits_BV: Tensor | None
     best: list[Tensor]
+    sure: list[Tensor]
 
 
 class Gemma4AssistantDrafter:
@@ -65,11 +66,8 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
-        # The centroid head scatters its scores, which is not recorded.
-        self.recorder: CpuOps | None = None
-        if isinstance(model.ops, CpuOps) and model.ordering_CN is None:
-            self.recorder = model.ops
-        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self.recorder = model.ops if isinstance(model.ops, Recordable) else None
+        self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
     def open(self, sequence: str) -> None:
@@ -83,15 +81,15 @@ class Gemma4AssistantDrafter:
 
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`."""
-        call = self._prepare(view.memory, view.sequences)
+        numbers = self._numbers(view.memory, view.sequences)
         hidden_BH = torch.stack([_hidden(s) for s in view.sequences])
         drawn = self.sample_drafts and any(draws(s.params) for s in view.sequences)
         if self.recorder is not None and not drawn:
-            return self._recorded_round(self.recorder, view, call, hidden_BH, k)
+            return self._recorded_round(self.recorder, view, numbers, hidden_BH, k)
         if self.recorder is not None:
-            step = self._recorded_step(self.recorder, view, call, hidden_BH)
+            step = self._recorded_step(self.recorder, view, numbers, hidden_BH)
         else:
-            step = self._plain_step(view, call, hidden_BH)
+            step = self._plain_step(view, self._call(view.memory, numbers), hidden_BH)
         return draft_chain(view.sequences, k, step, sample_drafts=self.sample_drafts)
 
     def _plain_step(self, view: TargetView, call: "_Call", hidden_BH: Tensor) -> Step:
@@ -100,101 +98,115 @@ class Gemma4AssistantDrafter:
         position_T = pad_rows(call.position_B, ops.row_multiple)
         carried_TH = pad_rows(hidden_BH, ops.row_multiple)
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal carried_TH
             embedded_TH = view.embed(pad_rows(newest_B, ops.row_multiple))
             normed_Th = self.model.step(embedded_TH, carried_TH, position_T, call.attend)
             carried_TH = self.model.carry(normed_Th)
             logits_BV = self.model.logits(normed_Th)[:n]
-            return logits_BV, ops.argmax(logits_BV)
+            return logits_BV, *ops.best(logits_BV)
 
         return step
 
     def _recorded_round(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
     ) -> Draft:
         """All k steps of most probable tokens in one replay."""
-        own = self._recording(ops, view, call, hidden_BH, k)
+        own = self._recording(ops, view, numbers, hidden_BH, k)
         own.program.replay()
         n = len(view.sequences)
-        tokens_BK = torch.stack(own.best, dim=1).long()
-        return Draft(tokens_BK=tokens_BK, probs=[None] * n, lengths=[k] * n)
+        tokens_BK = torch.stack(own.best, dim=1).long().cpu()
+        sure_BK = torch.stack(own.sure, dim=1).cpu()
+        return Draft(tokens_BK, [None] * n, [k] * n, confidence_BK=sure_BK)
 
     def _recorded_step(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor
     ) -> Step:
-        own = self._recording(ops, view, call, hidden_BH, ONE_STEP)
+        own = self._recording(ops, view, numbers, hidden_BH, ONE_STEP)
 
-        def step(newest_B: Tensor) -> tuple[Tensor, Tensor]:
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             own.call.token_B.copy_(newest_B)
             own.program.replay()
-            return own.logits_BV, own.best[0]
+            assert own.logits_BV is not None
+            return own.logits_BV, own.best[0], own.sure[0]
 
         return step
 
     def _recording(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """That of this many sequences and steps, holding what the round begins with."""
-        key = (len(view.sequences), k)
-        if key not in self.recordings:
-            self.recordings[key] = self._record(ops, view, call, hidden_BH.clone(), k)
+        key = (len(view.sequences), k, numbers.shape[0])
+        own = self.recordings.get(key)
+        if own is None:
+            call = self._call(view.memory, numbers)
+            own = self.recordings[key] = self._record(ops, view, call, hidden_BH.clone(), k)
             if len(self.recordings) > MAX_RECORDINGS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
-        own = self.recordings[key]
-        own.call.numbers.copy_(call.numbers)
+        own.call.numbers.copy_(numbers)
         own.hidden_BH.copy_(hidden_BH)
         return own
 
     def _record(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """k steps, the argmax of each embedded by the next.
 
         With `ONE_STEP` the carried state is left in `hidden_BH`, where the next replay reads it.
         """
         assert isinstance(view.ops, Recordable)
-        token_B, carried_BH = call.token_B, hidden_BH
-        best: list[Tensor] = []
-        with recording(ops, view.ops) as program:
+
+        def steps() -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+            token_B, carried_BH, logits_BV = call.token_B, hidden_BH, None
+            best: list[Tensor] = []
+            sure: list[Tensor] = []
             for i in range(max(k, 1)):
                 embedded_BH = view.embed(token_B)
                 normed_Bh = self.model.step(embedded_BH, carried_BH, call.position_B, call.attend)
-                logits_BV = self.model.logits(normed_Bh)
-                token_B = ops.argmax(logits_BV)
+                if k == ONE_STEP:
+                    logits_BV = self.model.logits(normed_Bh)
+                    token_B, sure_B = self.model.ops.best(logits_BV)
+                else:
+                    token_B, sure_B = self.model.best(normed_Bh)
                 best.append(token_B)
+                sure.append(sure_B)
                 if i + 1 < k or k == ONE_STEP:
                     carried_BH = self.model.carry(normed_Bh)
             if k == ONE_STEP:
                 ops.copy_rows(carried_BH, hidden_BH)
-        return _Recording(call, hidden_BH, program, logits_BV, best)
+            return logits_BV, best, sure
 
-    def _prepare(self, memory: Memory, sequences: Sequence[SequenceView]) -> "_Call":
-        """One query a sequence, over the keys that the target has verified."""
+        program, made = record(steps, ops, view.ops)
+        return _Recording(call, hidden_BH, program, *made)
+
+    def _numbers(self, memory: Memory, sequences: Sequence[SequenceView]) -> Tensor:
+        """One query a sequence, over the keys 0 .. n - 2, which the target has verified.
+
+        In a sliding group it sees the last `window` of them.
+        """
+        rows = np.empty((4 + len(self.kv_layers), len(sequences)), np.int32)
+        token_B, position_B, sequence_B, hi_B = rows[:4]
+        token_B[:] = [sequence.tokens[-1] for sequence in sequences]
+        position_B[:] = [sequence.n - 1 for sequence in sequences]
+        sequence_B[:] = memory.tables.slots([sequence.id for sequence in sequences])
+        np.subtract(position_B, 1, out=hi_B)
+        for i, kind in enumerate(self.kv_layers):
+            rows[4 + i] = first_visible(hi_B, memory.groups[kind].window)
+        return memory.tables.behind(rows)
+
+    def _call(self, memory: Memory, numbers: Tensor) -> "_Call":
+        numbers = numbers.to(memory.device)
+        own, tables = memory.tables.views(numbers, 4 + len(self.kv_layers))
+        token_B, position_B, sequence_B, hi_B, *lo = own
+        rows = {
+            kind: AttentionRows.of([*tables[kind], sequence_B, lo[i], hi_B])
+            for i, kind in enumerate(self.kv_layers)
+        }
         kinds = self.model.config.text.layer_types
-        own_kinds = list(dict.fromkeys(kinds))
-        numbers = Numbers()
-        numbers.add([sequence.tokens[-1] for sequence in sequences])
-        numbers.add([sequence.n - 1 for sequence in sequences])
-        for kind in own_kinds:
-            add_visible_rows(numbers, memory, kind, sequences)
-        flat, (token_B, position_B, *parts) = numbers.build()
-        rows = {k: AttentionRows.of(parts[5 * i : 5 * i + 5]) for i, k in enumerate(own_kinds)}
         stores = [memory.groups[kind].layers[self.kv_layers[kind]] for kind in kinds]
         attend = ReadOnlyAttend(self.model.ops, stores, [rows[kind] for kind in kinds])
-        return _Call(flat, token_B, position_B, attend)
-
-
-def add_visible_rows(
-    numbers: Numbers, memory: Memory, group: str, sequences: Sequence[SequenceView]
-) -> None:
-    """Keys 0 .. n - 2 of each sequence; in a sliding group the last `window` of them."""
-    window = memory.groups[group].window
-    spans = [Span(sequence.id, b, 1) for b, sequence in enumerate(sequences)]
-    hi = [sequence.n - 2 for sequence in sequences]
-    lo = [0 if window is None else max(0, newest - window + 1) for newest in hi]
-    memory.add_rows(numbers, group, spans, lo, hi)
+        return _Call(numbers, token_B, position_B, attend)
 
 
 def _hidden(sequence: SequenceView) -> Tensor:

@@ -1,52 +1,26 @@
-"""How many tokens to draft for each sequence of a batch, from measured costs. No tensors.
+"""How many tokens to draft for each sequence of a batch, and from which source. No tensors.
 
-The rate to maximise is expected tokens over expected seconds of one step. The greedy search adds
-the draft row with the largest expected gain until none is left and keeps the best rate on the way,
-so that a step in the cost curve does not stop it. Only what was seen up to the first rejection is
-used. Not here: measuring time, or drafting.
+The rate to maximise is expected tokens over expected seconds of one step. Drafts are added in the
+order of their expected gain, and the best rate on the way is kept, so that a step in the cost
+curve does not stop it. Acceptance is counted apart by source (a model's guesses, matches in the
+text by their length). Only what was seen up to the first rejection is used. Not here: measuring
+time, costs (costs.py), or drafting.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from outdraft.speculate.costs import StepModel
 
 DECAY = 0.98
 FADE = 0.99
+PRIOR = 0.6
 PRIOR_WEIGHT = 4.0
 PROBE_SHARE = 0.01
-
-
-@dataclass(slots=True)
-class CostCurve:
-    """Seconds of a pass by (sequences, size), each a running estimate that clips outliers."""
-
-    seconds: dict[int, dict[int, float]] = field(default_factory=dict)
-
-    def observe(self, n_sequences: int, size: int, seconds: float) -> None:
-        """One measured pass. A pass above twice the estimate counts as twice the estimate."""
-        sizes = self.seconds.setdefault(n_sequences, {})
-        old = sizes.get(size)
-        sizes[size] = seconds if old is None else old + 0.2 * (min(seconds, 2 * old) - old)
-
-    def at(self, n_sequences: int, size: int) -> float | None:
-        """Of the nearest measured batch, with a guess between measured sizes; None if unknown."""
-        if not self.seconds:
-            return None
-        sizes = self.seconds[min(self.seconds, key=lambda n: (abs(n - n_sequences), n))]
-        if size in sizes:
-            # Fewer rows cost no more: else one disturbed measurement would never be corrected.
-            return min(s for n, s in sizes.items() if n >= size)
-        below = max((s for s in sizes if s < size), default=None)
-        above = min((s for s in sizes if s > size), default=None)
-        if below is None:
-            return sizes[min(sizes)]
-        if above is None:
-            # Assumed flat, so that a larger size is tried once and then measured.
-            return sizes[below]
-        if 2 * (size - below) >= n_sequences:
-            # Assumed no dearer, so that it is tried once: a curve with steps would never be found
-            # between two measured ends. Batches have many sizes and try some of them.
-            return sizes[below]
-        share = (size - below) / (above - below)
-        return sizes[below] + share * (sizes[above] - sizes[below])
+USES = 4  # a choice for many sequences serves so many steps, for one sequence two
+OWN_ENOUGH = 16.0  # blocks of its own, from which on what others do changes little
+MARGIN = 1.01  # drafting must promise so much more than plain decoding
+FREE = "ngram"  # sources whose names begin so cost no draft round
 
 
 @dataclass(slots=True)
@@ -55,6 +29,9 @@ class Acceptance:
 
     tried: list[float]
     kept: list[float]
+    gains: list[float] = field(default_factory=list)
+    """Expected tokens of each position, from counts as they were at `version`."""
+    version: int = -1
 
     @classmethod
     def empty(cls, n_draft_max: int) -> "Acceptance":
@@ -72,9 +49,23 @@ class Acceptance:
             self.tried[n_drafted] *= FADE
             self.kept[n_drafted] *= FADE
 
+    def fade(self) -> None:
+        """It could have been used and was not: what is known of it counts less."""
+        self.version += 1
+        self.tried = [FADE * n for n in self.tried]
+        self.kept = [FADE * n for n in self.kept]
+
     def rate(self, j: int, prior: float) -> float:
         """Mean of the Beta posterior at position j."""
         return (self.kept[j] + PRIOR_WEIGHT * prior) / (self.tried[j] + PRIOR_WEIGHT)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Drafts of one sequence in one step: how many, and whose."""
+
+    n_drafts: int
+    source: str
 
 
 class LengthController:
@@ -82,78 +73,145 @@ class LengthController:
 
     def __init__(self, n_draft_max: int) -> None:
         self.n_draft_max = n_draft_max
-        self.target = CostCurve()
-        self.draft = CostCurve()
-        self._shared = Acceptance.empty(n_draft_max)
-        self._own: dict[str, Acceptance] = {}
+        self.costs = StepModel()
+        self._shared: dict[str, Acceptance] = {}
+        self._own: dict[tuple[str, str], Acceptance] = {}
+        self._sources: dict[str, set[str]] = {}
+        self._last: tuple[list[tuple[str, Sequence[str]]], list[Choice]] = ([], [])
+        self._uses_left = 0
         self._total_s = 0.0
         self._probe_s = 0.0
 
     def close(self, sequence: str) -> None:
         """Forget a sequence."""
-        self._own.pop(sequence, None)
+        for source in self._sources.pop(sequence, ()):
+            self._own.pop((sequence, source), None)
 
-    def observe_block(self, sequence: str, n_drafted: int, n_accepted: int) -> None:
-        """One sequence's block was verified."""
-        own = self._own.setdefault(sequence, Acceptance.empty(self.n_draft_max))
+    def observe_block(self, sequence: str, source: str, n_drafted: int, n_accepted: int) -> None:
+        """One sequence's block from a source was verified."""
+        own, shared = self._of(sequence, source), self._shared_of(source)
         own.observe(n_drafted, n_accepted)
-        self._shared.observe(n_drafted, n_accepted)
+        shared.observe(n_drafted, n_accepted)
+        own.version = -1
+        shared.version += 1
 
     def observe_step(
-        self, n_sequences: int, n_rows: int, longest: int, target_s: float, draft_s: float
+        self,
+        n_sequences: int,
+        n_rows: int,
+        n_drafting: int,
+        depth: int,
+        pass_s: float,
+        draft_s: float,
+        rest_s: float | None = None,
     ) -> None:
-        """Seconds of one decoding step: `longest` draft rows deep, `n_rows` verified."""
-        self.target.observe(n_sequences, n_rows, target_s)
-        if longest > 0:
-            self.draft.seconds.setdefault(n_sequences, {}).setdefault(0, 0.0)
-            self.draft.observe(n_sequences, longest, draft_s)
-        self._total_s += target_s + draft_s
+        """Seconds of one decoding step of `n_rows`; `n_drafting` sequences drafted `depth` deep."""
+        self.costs.observe_pass(n_rows, pass_s)
+        if n_drafting > 0 and depth > 0:
+            self.costs.observe_round(n_drafting, depth, draft_s)
+        if rest_s is not None:
+            self.costs.observe_rest(n_sequences, rest_s)
+        self._total_s += pass_s + draft_s
 
-    def choose(self, sequences: list[str]) -> list[int]:
-        """Draft lengths for the sequences that decode in the next step."""
-        if not sequences or self.n_draft_max == 0:
-            return [0] * len(sequences)
-        if len(sequences) not in self.target.seconds.get(len(sequences), {}):
-            # A batch of this size was never run plain: without that cost, drafts would look free.
-            return [0] * len(sequences)
-        lengths = self._best(sequences)
-        if any(lengths):
-            return lengths
+    def choose(self, sequences: Sequence[tuple[str, Sequence[str]]]) -> list[Choice]:
+        """For the sequences that decode in the next step.
+
+        Args:
+            sequences: of each its name and the sources that could draft for it now, the preferred
+                one first where they promise the same; none if nobody could.
+        """
         n = len(sequences)
-        extra = self._cost(n, n + 1, 1) - self._cost(n, n, 0)
-        if self._probe_s + extra <= PROBE_SHARE * self._total_s:
-            self._probe_s += max(extra, 0.0)
-            return [1, *lengths[1:]]
+        if n == 0 or self.n_draft_max == 0 or not self.costs.known:
+            return [Choice(0, "")] * n
+        if self._uses_left > 0 and self._last[0] == sequences:
+            self._uses_left -= 1
+            return self._last[1]
+        sources = [self._source(name, own, n) for name, own in sequences]
+        gains = [
+            self._gains(name, source) if source else []
+            for (name, _), source in zip(sequences, sources, strict=True)
+        ]
+        lengths = self._best(gains, [not s.startswith(FREE) for s in sources])
+        probed = not any(lengths) and self._probe(lengths, sources)
+        choices = [Choice(k, s) for k, s in zip(lengths, sources, strict=True)]
+        self._last, self._uses_left = (list(sequences), choices), 0 if probed else min(n, USES - 1)
+        return choices
+
+    def _probe(self, lengths: list[int], sources: list[str]) -> bool:
+        """One draft for one sequence, if there is time to spend on learning."""
+        i = next((i for i, source in enumerate(sources) if source), None)
+        if i is None:
+            return False
+        n, costs = len(lengths), self.costs
+        extra_s = costs.at(n, n + 1, int(not sources[i].startswith(FREE)), 1) - costs.at(n, n)
+        if self._probe_s + extra_s <= PROBE_SHARE * self._total_s:
+            self._probe_s += max(extra_s, 0.0)
+            lengths[i] = 1
+            return True
+        return False
+
+    def _best(self, gains: list[list[float]], modelled: list[bool]) -> list[int]:
+        """Lengths of the best rate; `modelled` are those whose drafts need a draft round."""
+        n, pass_s, draft_s = len(gains), self.costs.pass_s, self.costs.draft_s
+        rest_s = self.costs.rest_s(n)
+        # A gain is never larger than the one before it, so the order keeps each sequence's own.
+        order = sorted((-g, j, i) for i, own in enumerate(gains) for j, g in enumerate(own))
+        expected, n_drafting, depth, best_m = float(n), 0, 0, 0
+        best_rate, round_s = MARGIN * expected / (pass_s(n) + rest_s), 0.0
+        for m, (gain, j, i) in enumerate(order, 1):
+            expected -= gain
+            if modelled[i] and (j == 0 or j >= depth):
+                n_drafting += j == 0
+                depth = max(depth, j + 1)
+                round_s = draft_s(n_drafting, depth)
+            rate = expected / (pass_s(n + m) + round_s + rest_s)
+            if rate > best_rate:
+                best_m, best_rate = m, rate
+        lengths = [0] * n
+        for _, j, i in order[:best_m]:
+            lengths[i] = max(lengths[i], j + 1)
         return lengths
 
-    def _best(self, sequences: list[str]) -> list[int]:
-        n = len(sequences)
-        gains = [self._gains(s) for s in sequences]
-        lengths = [0] * n
-        expected, rows = float(n), n
-        best, best_rate = list(lengths), expected / self._cost(n, rows, 0)
-        while open_ := [i for i in range(n) if lengths[i] < self.n_draft_max]:
-            i = open_[0]
-            for other in open_[1:]:
-                if gains[other][lengths[other]] > gains[i][lengths[i]]:
-                    i = other
-            expected += gains[i][lengths[i]]
-            lengths[i] += 1
-            rows += 1
-            rate = expected / self._cost(n, rows, max(lengths))
-            if rate > best_rate:
-                best, best_rate = list(lengths), rate
+    def _source(self, sequence: str, sources: Sequence[str], n: int) -> str:
+        """The source of the best rate, were all of the batch like this one; '' if there is none."""
+        if len(sources) < 2:
+            return sources[0] if sources else ""
+        best, best_rate = sources[0], 0.0
+        for source in sources:
+            expected, modelled = 1.0, int(not source.startswith(FREE))
+            for j, gain in enumerate(self._gains(sequence, source)):
+                expected += gain
+                rate = expected / self.costs.at(n, n * (j + 2), n * modelled, j + 1)
+                if rate > best_rate:
+                    best, best_rate = source, rate
+        for source in sources:
+            if source != best:
+                self._shared_of(source).fade()
+                own = self._of(sequence, source)
+                own.fade()
+                own.version = -1
         return best
 
-    def _gains(self, sequence: str) -> list[float]:
+    def _gains(self, sequence: str, source: str) -> list[float]:
         """Expected tokens that each further draft adds: it and all before it are kept."""
-        own = self._own.get(sequence) or Acceptance.empty(self.n_draft_max)
-        reached, gains = 1.0, []
-        for j in range(self.n_draft_max):
-            reached *= own.rate(j, self._shared.rate(j, 0.6))
-            gains.append(reached)
-        return gains
+        own = self._of(sequence, source)
+        shared = self._shared_of(source)
+        if own.version != shared.version and (own.version < 0 or own.tried[0] < OWN_ENOUGH):
+            reached, own.gains = 1.0, []
+            for j in range(self.n_draft_max):
+                reached *= own.rate(j, shared.rate(j, PRIOR))
+                own.gains.append(reached)
+            own.version = shared.version
+        return own.gains
 
-    def _cost(self, n: int, rows: int, longest: int) -> float:
-        draft_s = self.draft.at(n, longest) if longest else 0.0
-        return (self.target.at(n, rows) or 1.0) + (draft_s or 0.0)
+    def _shared_of(self, source: str) -> Acceptance:
+        if source not in self._shared:
+            self._shared[source] = Acceptance.empty(self.n_draft_max)
+        return self._shared[source]
+
+    def _of(self, sequence: str, source: str) -> Acceptance:
+        own = self._own.get((sequence, source))
+        if own is None:
+            own = self._own[sequence, source] = Acceptance.empty(self.n_draft_max)
+            self._sources.setdefault(sequence, set()).add(source)
+        return own

@@ -7,11 +7,15 @@ of the target (length.py), who drafts where nothing matches (compose.py).
 Shapes: B sequences, K draft length.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
 import torch
 
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 
 MIN_MATCH = 4
+LONGER = (8, 16)  # matches from so many tokens on are other sources, kept apart in statistics
 
 
 class SuffixAutomaton:
@@ -108,11 +112,26 @@ class NgramDrafter:
     def commit(self, view: TargetView, n_accepted: list[int]) -> None:
         """Nothing to keep: the tokens are read from the next view."""
 
+    def sources(self, sequence: str, tokens: list[int]) -> Seq[str]:
+        """See `ManySources`: the n-gram by the length of its match, if there is one."""
+        length = self._read(sequence, tokens).match_length
+        if length < self.min_match:
+            return ()
+        return (f"{self.name} {max((n for n in LONGER if n <= length), default=self.min_match)}",)
+
+    def use(self, chosen: Mapping[str, tuple[str, int]]) -> None:
+        """See `ManySources`: there is no choice."""
+
     def continuation(self, sequence: SequenceView, k: int) -> list[int]:
-        """At most k tokens that may come next; reads what was committed since the last call."""
-        automaton = self._automata[sequence.id]
-        automaton.read(sequence.tokens[len(automaton.tokens) :])
-        return automaton.continuation(k, self.min_match)
+        """At most k tokens that may come next."""
+        return self._read(sequence.id, sequence.tokens).continuation(k, self.min_match)
+
+    def _read(self, sequence: str, tokens: list[int]) -> SuffixAutomaton:
+        """Its automaton, after reading what was committed since the last call."""
+        automaton = self._automata[sequence]
+        if len(automaton.tokens) < len(tokens):
+            automaton.read(tokens[len(automaton.tokens) :])
+        return automaton
 
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`; every draft is a point mass."""

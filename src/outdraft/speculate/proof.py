@@ -19,9 +19,10 @@ from torch import Tensor
 from outdraft.request import SamplingParams
 from outdraft.sampling.logits import distribution
 from outdraft.sampling.sampler import Purpose, sample
-from outdraft.speculate.verify import Verdict, verify_sampled
+from outdraft.speculate.verify import Verdict, verify_block
 
 BISECTIONS = 46  # a breakpoint is known to 2^-46, 1.4e-14
+LAST = 1.0 - 2.0**-53  # the largest number below 1
 SMALLEST_BIN = 5.0  # expected counts below this are merged: chi-square is an approximation there
 
 Context = tuple[int, ...]
@@ -31,11 +32,11 @@ Table = Callable[[Context], Tensor]
 Draw = Callable[[int, Tensor], int]
 """Draws draft number i of a round from a distribution."""
 
-Uniform = Callable[[int, Purpose], float]
-"""The random number of a position and purpose: `sampler.uniform` of one seed."""
+Uniform = Callable[[int, Purpose, int | None], float]
+"""The random number of a position, purpose and round: `sampler.uniform` of one seed."""
 
 Verify = Callable[[Tensor, Tensor | None, Tensor, Sequence[float], Sequence[float]], Verdict]
-"""`verify.verify_sampled` or something in its place."""
+"""`verify.verify_block` or something in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Decoder:
 
     target: Table
     propose: Propose
-    verify: Verify = verify_sampled
+    verify: Verify = verify_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +189,12 @@ def integrate(verify: Verify, proposal: Proposal, p_RV: Tensor) -> Iterator[tupl
     """Every verdict on a proposal with its probability over the random numbers.
 
     `verify` is a step function of each number. The steps are found by bisection: first of each
-    accept number with the others at 0, then, for one point of every combination of steps, of the
-    final numbers, one row after another as far as the block goes. This is exact if an accept
-    number's steps do not depend on other numbers, and a final number's only on the accept numbers
-    and the final ones of rows before it; `steps` needs that equal ends mean no step between them.
-    The rules of verify.py are of this kind; a bug that is not shows all the same.
+    accept number with the others at 0 and with the others near 1 (what passes all other tests, and
+    none), then, for one point of every combination of steps, of the final numbers, one row after
+    another as far as the block goes. This is exact if an accept number's steps do not depend on
+    other numbers, and a final number's only on the accept numbers and the final ones of rows
+    before it; `steps` needs that equal ends mean no step between them. The rules of verify.py are
+    of this kind; a bug that is not shows all the same.
     """
     ids_K = torch.tensor(proposal.ids, dtype=torch.int64)
     n = len(proposal.ids)
@@ -201,14 +203,17 @@ def integrate(verify: Verify, proposal: Proposal, p_RV: Tensor) -> Iterator[tupl
         rest = [0.5] * (n + 1 - len(final_u))
         return verify(ids_K, proposal.q_KV, p_RV, accept_u, [*final_u, *rest])
 
-    def n_accepted(i: int, u: float) -> int:
-        return verdict([u if j == i else 0.0 for j in range(n)], ()).n_accepted
+    def n_accepted(i: int, u: float) -> tuple[int, ...]:
+        return tuple(
+            verdict([u if j == i else other for j in range(n)], ()).n_accepted
+            for other in (0.0, LAST)
+        )
 
     def by_rows(
         accept_u: Sequence[float], known: tuple[float, ...], weight: float
     ) -> Iterator[tuple[float, Verdict]]:
         for low, high in steps(lambda u: verdict(accept_u, (*known, u))):
-            final_u = (*known, (low + high) / 2)
+            final_u = (*known, min((low + high) / 2, LAST))
             found = verdict(accept_u, final_u)
             if len(final_u) > found.n_accepted:  # the row where the block ends has its number
                 yield weight * (high - low), found
@@ -217,14 +222,13 @@ def integrate(verify: Verify, proposal: Proposal, p_RV: Tensor) -> Iterator[tupl
 
     axes = [steps(partial(n_accepted, i)) for i in range(n)]
     for pieces in itertools.product(*axes):
-        accept_u = [(low + high) / 2 for low, high in pieces]
+        accept_u = [min((low + high) / 2, LAST) for low, high in pieces]
         weight = float(np.prod([high - low for low, high in pieces]))
         yield from by_rows(accept_u, (), weight)
 
 
 def steps(f: Callable[[float], object]) -> list[tuple[float, float]]:
     """Intervals of [0, 1) on which f is constant; equal ends are taken for a constant."""
-    last = 1.0 - 2.0**-53
 
     def split(low: float, at_low: object, high: float, at_high: object, depth: int) -> list[float]:
         if at_low == at_high:
@@ -237,7 +241,7 @@ def steps(f: Callable[[float], object]) -> list[tuple[float, float]]:
             middle, value, high, at_high, depth - 1
         )
 
-    edges = [0.0, *split(0.0, f(0.0), last, f(last), BISECTIONS), 1.0]
+    edges = [0.0, *split(0.0, f(0.0), LAST, f(LAST), BISECTIONS), 1.0]
     return list(itertools.pairwise(edges))
 
 
@@ -252,12 +256,13 @@ def generate(decoder: Decoder, uniform: Uniform, n_tokens: int, k: int) -> Gener
         at = len(tokens)
         proposal = decoder.propose(tokens, min(k, n_tokens - at - 1), _drawn(uniform, at))
         rows = range(at, at + len(proposal.ids) + 1)
+        start = None if proposal.q_KV is None else at  # as the engine does
         verdict = decoder.verify(
             torch.tensor(proposal.ids, dtype=torch.int64),
             proposal.q_KV,
             target_rows(decoder.target, tokens, proposal.ids),
-            [uniform(position, Purpose.ACCEPT) for position in rows[:-1]],
-            [uniform(position, Purpose.TARGET) for position in rows],
+            [uniform(position, Purpose.ACCEPT, start) for position in rows[:-1]],
+            [uniform(position, Purpose.TARGET, start) for position in rows],
         )
         tokens = (*tokens, *proposal.ids[: verdict.n_accepted], verdict.token)
         verdicts.append(verdict)
@@ -266,7 +271,7 @@ def generate(decoder: Decoder, uniform: Uniform, n_tokens: int, k: int) -> Gener
 
 def _drawn(uniform: Uniform, at: int) -> Draw:
     """Draws of a round that starts at position `at`."""
-    return lambda i, q_V: sample(q_V, uniform(at + i, Purpose.DRAFT))
+    return lambda i, q_V: sample(q_V, uniform(at + i, Purpose.DRAFT, at))
 
 
 def pair_p_values(samples_NT: Tensor, truth: Table, vocab: int) -> list[float]:

@@ -5,17 +5,28 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class DraftStats:
-    """Counts over verified blocks. Position i is the i-th draft of a block, from 0."""
+    """Counts over verified blocks. Position i is the i-th draft of a block, from 0.
+
+    Tokens that a grammar forces are drafted without a drafter and are counted apart.
+    """
 
     n_passes: int = 0
     n_emitted: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    n_forced: int = 0
+    n_forced_accepted: int = 0
 
-    def count(self, n_drafted: int, n_accepted: int, n_emitted: int) -> None:
+    def count(
+        self, n_drafted: int, n_accepted: int, n_emitted: int, *, forced: bool = False
+    ) -> None:
         """One block was verified: `n_emitted` tokens of it were kept."""
         self.n_passes += 1
         self.n_emitted += n_emitted
+        if forced:
+            self.n_forced += n_drafted
+            self.n_forced_accepted += n_accepted
+            return
         missing = n_drafted - len(self.drafted)
         self.drafted += [0] * missing
         self.accepted += [0] * missing
@@ -27,6 +38,8 @@ class DraftStats:
         """Add another's counts."""
         self.n_passes += other.n_passes
         self.n_emitted += other.n_emitted
+        self.n_forced += other.n_forced
+        self.n_forced_accepted += other.n_forced_accepted
         for name in ("drafted", "accepted"):
             mine, theirs = getattr(self, name), getattr(other, name)
             mine += [0] * (len(theirs) - len(mine))

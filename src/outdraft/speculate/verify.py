@@ -5,24 +5,19 @@ same tokens when greedy, the same distribution when sampled. Random numbers are 
 proof can enumerate them (proof.py). Not here: how p and q are formed (sampling/logits.py) and what
 happens to memory afterwards (engine/).
 
-**One number for each position and purpose is enough**, although a position behind a rejection is
-drafted again in the next round with the same DRAFT and ACCEPT numbers. Say the round starts at
-position P and keeps i drafts. Its outcome, the tokens up to P + i included, is a function of the
-numbers of positions <= P + i: draft j was tested with the numbers of P .. P + j, and the test at
-P + i does not look at later drafts. The numbers of later positions were read, but nothing that is
-kept depends on them, so given everything emitted they are still uniform and independent. The next
-round starts at P + i + 1 and reads only those. By induction every token is decided once, with
-numbers that are fresh given all tokens before it.
+**Which numbers a round reads.** Point masses and plain decoding read one TARGET number a position.
+Say a round starts at position P and keeps i drafts: its outcome is a function of the numbers of
+P .. P + i, and nothing that is kept depends on later ones, so given everything emitted those are
+still uniform and independent. The next round starts at P + i + 1. By induction every token is
+decided once, with numbers that are fresh given all tokens before it.
 
-What would break it: anything that carries knowledge of numbers behind the first rejection into a
-later round. The draft length, the drafter's distribution and the choice of drafter may depend on
-emitted tokens, on how many drafts were kept and on the rejected draft itself. They must not depend
-on whether later drafts would have been accepted (their ACCEPT numbers are used again), nor, where
-drafts are drawn from q, on which tokens the later drafts were (their DRAFT numbers are used again).
-Point masses use no DRAFT number, so a cache that proposes them may learn from rejected drafts.
+Drawn drafts do not have this property: whether draft i is the last to stay depends on the drafts
+and numbers behind it. So their rounds read numbers that are the round's own (`sampler.uniform`,
+`start`): every round begins at another position, and no number is read twice. Nothing that a round
+has shown, rejected drafts included, can then tell anything of the numbers of a later one.
 
-A second rule has nothing to do with streams: a drafter that stops early may look at q before it
-draws, or stop after a token that it keeps. Dropping a token because of what was drawn leaves
+A rule that has nothing to do with streams: a drafter that stops early may look at q before it
+draws, or stop behind a token that it keeps. Dropping a token because of what was drawn leaves
 drafts that are no longer distributed as q. (A point mass may be dropped for any reason.)
 
 Shapes: K drafts, R = K + 1 rows of the target, V vocabulary. Row i of p and q is the distribution
@@ -80,25 +75,31 @@ def verify_own(draft_ids: Sequence[int], draw: Callable[[int], int]) -> Verdict:
     return Verdict(len(draft_ids), draw(len(draft_ids)))
 
 
-def verify_sampled(
+def verify_block(
     draft_ids_K: Tensor,
     q_KV: Tensor | None,
-    p_RV: Tensor,
+    p_RV: Tensor | Sequence[Tensor],
     accept_u_K: Sequence[float],
     final_u_R: Sequence[float],
 ) -> Verdict:
-    """Speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
+    """Block verification (Sun et al. 2024, arXiv 2403.10444, algorithm 2).
 
-    Draft i stays with probability min(1, p_i(d) / q_i(d)). At the first that does not, the token is
-    drawn from the residual; behind K accepted drafts it is drawn from the last row of p. With
-    K = 0 that is plain sampling. Without q it is `verify_own`, which reads no accept number.
+    A draft that is more probable under p than under q makes up for one that is less. With
+    s_0 = 1, s_i = min(1, s_(i-1) p_i(d_i) / q_i(d_i)) after i drafts, every i is tested by itself
+    and the largest that passes is kept: K with chance s_K, and i < K with chance
+    m_i / (m_i + 1 - s_i), where m_i is the mass of max(0, s_i p - q) in the row behind draft i,
+    and the token behind it is drawn from. If none passes, i = 0. So a block is known to reach i
+    with probability s_i whatever is drafted behind, which is all that losslessness needs. One
+    draft stays with min(1, p / q), as in speculative sampling (Leviathan et al. 2023).
 
     Args:
-        draft_ids_K: int64 [K].
+        draft_ids_K: int64 [K]; with K = 0 this is plain sampling.
         q_KV: [K, V], what the drafts were drawn from; None if they were not drawn (argmax,
-            n-gram): then q is 1 at the draft, whatever the drafter's scores say. None is right for
-            drawn drafts too, but keeps fewer of them; a q they were not drawn from never is.
-        p_RV: [K + 1, V], the target's, after temperature and filters.
+            n-gram): then q is 1 at the draft, whatever the drafter's scores say, and this is
+            `verify_own`. None is right for drawn drafts too, but keeps fewer of them; a q they
+            were not drawn from never is.
+        p_RV: [K + 1, V] or its rows, the target's, after temperature and filters. Rows behind a
+            draft that p excludes are not looked at.
         accept_u_K: a number in [0, 1) for the test of each draft (`Purpose.ACCEPT`).
         final_u_R: a number in [0, 1) for the target's token, for each row where the block may end
             (`Purpose.TARGET`); only the one of the row where it ends is used.
@@ -107,42 +108,36 @@ def verify_sampled(
         OutdraftError: the target's distribution is not one (NaN).
     """
     n_drafts = draft_ids_K.shape[0]
-    assert p_RV.shape[0] == len(final_u_R) == n_drafts + 1 and len(accept_u_K) == n_drafts
+    assert len(p_RV) == len(final_u_R) == n_drafts + 1 and len(accept_u_K) == n_drafts
     if q_KV is None:
         return verify_own(draft_ids_K.tolist(), lambda i: sample(p_RV[i], final_u_R[i]))
-    chances = accept_probabilities(draft_ids_K, q_KV, p_RV).tolist()
-    for i, (chance, u) in enumerate(zip(chances, accept_u_K, strict=True)):
-        accepted = u < chance  # false for NaN, which sampling then refuses
-        if not accepted:
-            q_V = None if q_KV is None else q_KV[i]
-            residual_V = residual(int(draft_ids_K[i]), q_V, p_RV[i])
-            return Verdict(i, sample(residual_V, final_u_R[i]))
-    return Verdict(n_drafts, sample(p_RV[n_drafts], final_u_R[n_drafts]))
+    shares = block_shares(draft_ids_K, q_KV, p_RV)
+    i, row_V, chance = n_drafts, p_RV[n_drafts], shares[n_drafts]
+    while i > 0 and accept_u_K[i - 1] >= chance:  # NaN passes; sampling then refuses it
+        i -= 1
+        row_V, chance = block_residual(shares[i], q_KV[i], p_RV[i])
+    if not bool(row_V.any()):  # p = q here, and the rejection was one by rounding
+        row_V = p_RV[i]
+    return Verdict(i, sample(row_V, final_u_R[i]))
 
 
-def accept_probabilities(draft_ids_K: Tensor, q_KV: Tensor | None, p_RV: Tensor) -> Tensor:
-    """min(1, p(d) / q(d)) of each draft, fp64 [K]. Arguments as in `verify_sampled`."""
-    rows_K = torch.arange(draft_ids_K.shape[0], device=p_RV.device)
-    p_K = p_RV[rows_K, draft_ids_K].double()
-    if q_KV is None:
-        return p_K
-    q_K = q_KV[rows_K, draft_ids_K].double()
-    assert bool((q_K > 0).all()), "a token that was drawn has a probability"
-    return (p_K / q_K).clamp(max=1.0)
+def block_shares(draft_ids_K: Tensor, q_KV: Tensor, p_RV: Tensor | Sequence[Tensor]) -> list[float]:
+    """s_0 .. s_K of `verify_block`: the probability that so many drafts or more stay."""
+    shares = [1.0]
+    for i, draft in enumerate(draft_ids_K.tolist()):
+        q = float(q_KV[i, draft])
+        assert q > 0, "a token that was drawn has a probability"
+        shares.append(min(shares[-1] * (float(p_RV[i][draft]) / q), 1.0))  # so NaN stays NaN
+    return shares
 
 
-def residual(draft_id: int, q_V: Tensor | None, p_V: Tensor) -> Tensor:
-    """What the token is drawn from after a rejection: max(0, p - q), normalised, fp64 [V].
+def block_residual(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, float]:
+    """max(0, s p - q) [V] and the chance of its row in `verify_block`.
 
-    With a point mass (`q_V` None) that is p without the draft. If nothing is left, p <= q
-    everywhere: two distributions can only be so by being equal within rounding. A rejection then
-    was a rounding error itself, as rare as the sums are off 1, and p is returned: no choice could
-    move the emitted distribution by more than that.
+    Nothing is left at s = 1 only where p = q: then the next draft has s = 1 too, some row behind
+    this one was kept, and the chance is not read, unless by rounding.
     """
-    excess_V = p_V.double().clone()
-    if q_V is None:
-        excess_V[draft_id] = 0.0
-    else:
-        excess_V = (excess_V - q_V.double()).clamp(min=0)
-    mass = excess_V.sum()
-    return excess_V / mass if mass > 0 else p_V.double()
+    excess_V = (p_V * share - q_V).clamp_(min=0)
+    mass = float(excess_V.sum(dtype=torch.float64))
+    left = mass + (1 - share)  # in this order a share of 1 gives a chance of 1
+    return excess_V, mass / left if left else 0.0

@@ -5,8 +5,8 @@ tool calls). A rendered text begins with `<bos>` itself; `Tokenizer.encode` does
 
 A template is foreign code. It cannot reach Python objects, files or other templates, cannot change
 its arguments, and its output and time are limited. The limits are looked at between two pieces of
-output. Not covered until rendering moves to a process that can be killed: a loop that prints
-nothing, and a single expression that builds a huge string ('a' * 10**8).
+output. Not covered here: a loop that prints nothing, and a single expression that builds a huge
+string ('a' * 10**8). The server renders in a process that it can kill (server/renderer.py).
 """
 
 import json
@@ -50,19 +50,10 @@ class ChatTemplate:
         Raises:
             ModelError: the file cannot be read, or the template is not valid.
         """
-        config = read_json_if_there(directory / TOKENIZER_CONFIG_NAME)
-        path = directory / TEMPLATE_NAME
-        if path.is_file():
-            try:
-                source: str | None = path.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"{path} cannot be read: {error}", "download the file again"
-                ) from error
-        else:
-            source = _default_template(config.get("chat_template"))
+        source = template_source(directory)
         if source is None:
             return None
+        config = read_json_if_there(directory / TOKENIZER_CONFIG_NAME)
         tokens = {name: token_text(config[name]) for name in config if name.endswith("_token")}
         return cls(source, {name: text for name, text in tokens.items() if text is not None})
 
@@ -110,6 +101,22 @@ class ChatTemplate:
             ) from error
 
 
+def template_source(directory: Path) -> str | None:
+    """The template of a model directory as it is written; None when there is none.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    path = directory / TEMPLATE_NAME
+    if not path.is_file():
+        config = read_json_if_there(directory / TOKENIZER_CONFIG_NAME)
+        return _default_template(config.get("chat_template"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "download the file again") from error
+
+
 def _limited(pieces: Iterator[str]) -> Iterator[str]:
     """Passes the pieces on until the output or the time is used up."""
     deadline = time.monotonic() + MAX_SECONDS
@@ -144,7 +151,10 @@ def _is_named(entry: Any) -> bool:
 def _environment() -> ImmutableSandboxedEnvironment:
     """What Hugging Face's templates are written for: its whitespace rules, functions and filter."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+        optimized=False,  # or constant expressions, however large, are evaluated while compiling
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

@@ -31,6 +31,7 @@ class Tokenizer:
         self.eos_ids = eos_ids
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
+        self._have_text: dict[int, bool] = {}  # of ids that were asked for
         self._byte_ids = _byte_fallback_ids(backend)
 
     @classmethod
@@ -96,7 +97,11 @@ class Tokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """False for special tokens and ids beyond the vocabulary, which `decode` leaves out."""
-        return token_id not in self._special_ids and self.id_to_token(token_id) is not None
+        known = self._have_text.get(token_id)
+        if known is None:
+            known = token_id not in self._special_ids and self.id_to_token(token_id) is not None
+            self._have_text[token_id] = known
+        return known
 
     def is_byte(self, token_id: int) -> bool:
         """True for a token such as `<0xE2>` that stands for one byte of a character."""

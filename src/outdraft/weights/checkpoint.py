@@ -60,6 +60,10 @@ class Checkpoint:
         """Names of all tensors, as they stand in the files."""
         return list(self._specs)
 
+    def files(self) -> list[str]:
+        """Names of the files that hold tensors."""
+        return sorted({spec.file for spec in self._specs.values()})
+
     def spec(self, name: str) -> TensorSpec:
         """Shape, dtype and file of one tensor; `name` must be one of `names()`."""
         return self._specs[name]

@@ -5,6 +5,7 @@ each family expects and may ignore (models/), packed int4 (int4.py), announcing 
 (cli/).
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class _Plan:
 class Weights(Mapping[str, torch.Tensor | StoredWeight]):
     """The tensors of a checkpoint by canonical name; each is read when it is asked for.
 
-    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows.
+    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows. The rest
+    is put on `device`.
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
     ) -> None:
         self._plan = plan
         self._expected = expected
-        self._dtype = dtype
+        self.checkpoint = plan.checkpoint
+        self.dtype = dtype
         self.stored = stored
+        self.device: torch.device | None = None
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._expected if name in self._plan)
@@ -122,21 +126,34 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
             weight = self._stored(name, wanted.shape)
             return weight if self.stored else weight.floats()
         tensor = self._plan.checkpoint.get(self._plan.sources[name])
-        return tensor.to(wanted.dtype or self._dtype)
+        return tensor.to(device=self.device, dtype=wanted.dtype or self.dtype)
+
+    @property
+    def n_params(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(self._expected[name].shape) for name in self)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all tensors in the files."""
+        plan = self._plan
+        names = [*plan.sources.values(), *plan.scales.values()]
+        names += [name for four in plan.packed.values() for name in four.names]
+        return sum(self.checkpoint.spec(name).n_bytes for name in names)
 
     def matrices(self) -> Iterator[torch.Tensor]:
         """A random tensor for each shape of a matrix, one at a time."""
         generator = torch.Generator().manual_seed(0)
         shapes = {spec.shape for spec in self._expected.values() if len(spec.shape) == 2}
         for shape in sorted(shapes):
-            yield torch.randn(shape, generator=generator).to(self._dtype)
+            yield torch.randn(shape, generator=generator).to(self.dtype)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
         plan = self._plan
         if name in plan.packed:
             four = plan.packed[name]
             return StoredWeight(
-                name, shape, self._dtype, "int4", four.read, four.group, four.zero_points
+                name, shape, self.dtype, "int4", four.read, four.group, four.zero_points
             )
         checkpoint, source = plan.checkpoint, plan.sources[name]
         scale = plan.scales.get(name)
@@ -148,11 +165,11 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
             else:
                 rows = checkpoint.rows(source, first, count)
             if scale is None:
-                return rows.to(self._dtype)
+                return rows.to(self.dtype)
             return Int8Rows(rows, checkpoint.rows(scale, first, count)[:, 0].float())
 
         form: Form = "float" if scale is None else "int8"
-        return StoredWeight(name, shape, self._dtype, form, read)
+        return StoredWeight(name, shape, self.dtype, form, read)
 
 
 def open_tensors(

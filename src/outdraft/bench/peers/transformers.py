@@ -15,20 +15,15 @@ from typing import Any
 import torch
 
 from outdraft import _core
-from outdraft.bench.run import Arm, Measurement
+from outdraft.bench.peers.weights import assistant_state, target_state
+from outdraft.bench.run import Arm, Measurement, Peer
 from outdraft.errors import OutdraftError
-from outdraft.models import gemma4_assistant
 from outdraft.models.registry import Target
 from outdraft.request import SamplingParams
-from outdraft.speculate.build import read_assistant_config
-from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
-from outdraft.weights.load import load_tensors
-from outdraft.weights.quantise import is_int8_channel
 
 NAME = "transformers"
 PLAIN, ASSISTED = "transformers plain", "transformers assisted"
-ASSISTANT_OWN = ("pre_projection.", "post_projection.", "masked_embedding.", "lm_head.")
 NOT_CONFIG = ("architectures", "quantization_config", "transformers_version")
 
 
@@ -46,8 +41,8 @@ class Clock:
         """Called after the last."""
 
 
-def peer_arms(target: Target, assistant: Path, k: int) -> tuple[list[Arm], dict[str, Any]]:
-    """transformers' two arms with the weights of our target and assistant, and its version.
+def build_peer(target: Target, assistant: Path, k: int) -> Peer:
+    """transformers, plain and assisted, with the weights of our target and assistant.
 
     Args:
         k: tokens drafted a step.
@@ -64,15 +59,17 @@ def peer_arms(target: Target, assistant: Path, k: int) -> tuple[list[Arm], dict[
             "install the version that was measured: pip install transformers==5.23.0",
         ) from error
     repair()
-    model = build(Gemma4ForCausalLM, _target_config(target.path), _target_state(target))
+    model = build(Gemma4ForCausalLM, _target_config(target.path), target_state(target))
     drafter = build(
         Gemma4AssistantForCausalLM,
         _assistant_config(assistant),
-        _assistant_state(assistant, target.dtype),
+        assistant_state(assistant, target.dtype),
     )
+    model.to(target.ops.device)
+    drafter.to(target.ops.device)
     drafter.generation_config.num_assistant_tokens = k
     arms = [Arm(PLAIN, _measure(model, None)), Arm(ASSISTED, _measure(model, drafter))]
-    return arms, {"name": NAME, "version": str(transformers.__version__), "patched": True}
+    return Peer(arms, {"name": NAME, "version": str(transformers.__version__), "patched": True})
 
 
 def repair() -> None:
@@ -114,7 +111,7 @@ def _measure(model: Any, assistant: Any) -> Any:
     @torch.inference_mode()
     def measure(tokens: Sequence[int], params: SamplingParams) -> Measurement:
         assert params.greedy, "transformers' assisted sampling is not lossless"
-        ids = torch.tensor([list(tokens)])
+        ids = torch.tensor([list(tokens)], device=model.device)
         clock = Clock()
         ours = torch.get_num_threads()  # 1 while our kernels have the processor
         torch.set_num_threads(max(ours, _core.threads()))
@@ -150,35 +147,3 @@ def _assistant_config(path: Path) -> Any:
 
 def _cleaned(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in NOT_CONFIG}
-
-
-def _target_state(target: Target) -> dict[str, torch.Tensor]:
-    """The target's weights under transformers' names, dequantised and typed as ours are."""
-    raw = read_config(target.path)
-    tensors, _ = load_tensors(
-        Checkpoint.open(target.path),
-        target.family.expected_tensors(target.config),
-        target.family.ignore_rules(target.config),
-        prefixes=target.family.prefixes,
-        dtype=target.dtype,
-        int8_channel=is_int8_channel(raw),
-    )
-    return {
-        name if name.startswith("lm_head.") else f"model.{name}": t for name, t in tensors.items()
-    }
-
-
-def _assistant_state(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    config = read_assistant_config(path)
-    tensors, _ = load_tensors(
-        Checkpoint.open(path),
-        gemma4_assistant.expected_tensors(config),
-        gemma4_assistant.ignore_rules(config),
-        prefixes=gemma4_assistant.PREFIXES,
-        dtype=dtype,
-        int8_channel=is_int8_channel(read_config(path)),
-    )
-    return {
-        name if name.startswith(ASSISTANT_OWN) else f"model.{name}": tensor
-        for name, tensor in tensors.items()
-    }

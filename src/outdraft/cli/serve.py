@@ -1,0 +1,134 @@
+"""`outdraft serve`: answer clients of OpenAI's and Anthropic's APIs over HTTP."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outdraft.cli import options
+from outdraft.cli.console import remark
+from outdraft.errors import OutdraftError
+
+app = typer.Typer(add_completion=False)
+
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-host", help="A name in Host that is fine, too. Can be repeated."),
+]
+Origins = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-origin", help="A site whose pages may use it. Can be repeated."),
+]
+Keys = Annotated[
+    list[str] | None, typer.Option("--api-key", help="Ask for this key. Can be repeated.")
+]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="Ask for a key of this file, one a line.")
+]
+ClientShare = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Of those, how much one client may have.")
+]
+SendSeconds = Annotated[
+    float, typer.Option(min=0.1, help="Cut a client off that has not read for so long.")
+]
+DrainSeconds = Annotated[
+    float, typer.Option(min=0, help="After SIGTERM, let requests go on for so long.")
+]
+Parallel = Annotated[
+    int, typer.Option("--parallel", "-np", min=1, max=4096, help="Requests in a batch.")
+]
+KvTokens = Annotated[
+    int | None, typer.Option(min=1, help="Positions of keys and values for all of them.")
+]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
+]
+ToolFormat = Annotated[
+    str | None, typer.Option(help="How the model calls tools, instead of finding out.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
+]
+
+
+@app.command()
+def serve(
+    ctx: typer.Context,
+    model: options.Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8080,
+    alias: Annotated[str | None, typer.Option(help="The model's name for clients.")] = None,
+    api_key: Keys = None,
+    api_key_file: KeyFile = None,
+    allowed_host: Hosts = None,
+    allowed_origin: Origins = None,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests taken on at once.")] = 128,
+    client_share: ClientShare = 0.75,
+    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Largest body.")] = 8,
+    send_seconds: SendSeconds = 30.0,
+    drain_seconds: DrainSeconds = 20.0,
+    max_sequences: Parallel = 16,
+    kv_cache_tokens: KvTokens = None,
+    prefix_cache: PrefixCache = True,
+    assistant: options.Assistant = None,
+    spec_type: options.Spec = "auto",
+    spec_draft_n_max: options.DraftMax = None,
+    spec_draft_n: options.DraftFixed = None,
+    spec_draft_sample: options.DraftSample = True,
+    backend: options.Kernels = "auto",
+    dtype: options.Compute = "auto",
+    quant: options.Bits = "auto",
+    kv_dtype: options.KvType = "bf16",
+    ctx_size: options.CtxSize = None,
+    threads: options.Threads = None,
+    cache: options.Cache = True,
+    cache_dir: options.CacheDir = None,
+    cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
+    tool_format: ToolFormat = None,
+    verbose: Verbose = True,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own."""
+    from outdraft.server.limits import Limits
+    from outdraft.server.run import ServerConfig
+    from outdraft.server.run import serve as run
+
+    engine = options.engine_config(ctx.params, max_queue=max_in_flight)
+    limits = Limits(
+        body_bytes=max_body_mib << 20,
+        in_flight=max_in_flight,
+        client_share=client_share,
+        send_s=send_seconds,
+    )
+    config = ServerConfig(
+        host=host,
+        port=port,
+        alias=alias,
+        tool_format=tool_format,
+        keys=read_keys(api_key, api_key_file),
+        allowed_hosts=tuple(allowed_host or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        drain_s=drain_seconds,
+        verbose=verbose,
+        limits=limits,
+    )
+    run(model, engine, config, remark)
+
+
+def read_keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The keys of the options and of the file.
+
+    Raises:
+        OutdraftError: the file cannot be read, or there is no key where one was meant.
+    """
+    keys = list(given or ())
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise OutdraftError(
+                f"the key file {file} cannot be read", "check the path and its rights"
+            ) from error
+        keys += [line.strip() for line in lines if line.strip()]
+    if (given is not None or file is not None) and not all(keys or [""]):
+        raise OutdraftError("there is no key, or an empty one", "give keys with characters in them")
+    return tuple(keys)

@@ -1,0 +1,293 @@
+"""The engine's process: `python -m outdraft.server.worker FD`.
+
+It holds the `LLM`. One thread steps it; another reads commands from the socket and prepares
+requests, those with a grammar in a pool, so that a slow grammar holds up neither steps nor other
+requests. Not here: the other end (engine.py), and what is counted for people (gauges.py).
+
+Commands: `load` (first), `add`, `abort`, `embed`, `stop`. Reports: `loaded` or `refused` for the
+load; `accepted` or `refused` for a request, then `tokens` with what all requests got since the last
+such message; `embedding`; `stats` twice a second while there is work, and once when it ends.
+"""
+
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from outdraft.config import EngineConfig
+from outdraft.engine.embed import Pooling, embed
+from outdraft.engine.engine import LLM, completion_of
+from outdraft.engine.sequence import Sequence, check_prompt
+from outdraft.errors import OutdraftError
+from outdraft.request import Logprobs, TokenEvent
+from outdraft.server.gauges import Gauges, describe
+from outdraft.server.wire import pack, params_from_json, receive
+
+FLUSH_S = 0.004
+"""Tokens of faster steps travel together: fewer messages, and a delay that nobody sees."""
+STATS_S = 0.5
+GRAMMAR_THREADS = 2
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request in progress: its name in the server, and what was last said about it."""
+
+    name: str
+    sequence: Sequence
+    detail: bool
+    n_drafted: int = 0
+
+
+@dataclass(slots=True)
+class _Embedding:
+    """Texts of one request, and the vectors of those that are done."""
+
+    name: str
+    inputs: list[list[int]]
+    pooling: Pooling
+    vectors: list[list[float]] = field(default_factory=list)
+
+
+class Worker:
+    """Steps an engine and speaks for it. All but `read` runs in one thread."""
+
+    def __init__(self, llm: LLM, sock: socket.socket) -> None:
+        self.llm = llm
+        self.sock = sock
+        self.inbox: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
+        self.live: dict[str, _Live] = {}  # by the engine's id
+        self.by_name: dict[str, str] = {}
+        self.gone: set[str] = set()  # aborted while being prepared
+        self.preparing: set[str] = set()
+        self.held: dict[str, list[list[Any]]] = {}
+        self.embeddings: deque[_Embedding] = deque()
+        self.gauges = Gauges(llm)
+        self._lock = threading.Lock()
+        self._flushed_at = self._reported_at = 0.0
+        self._pool = ThreadPoolExecutor(GRAMMAR_THREADS, "grammar")
+
+    def read(self) -> None:
+        """The reading thread: commands until the socket closes, which ends the process."""
+        while (message := receive(self.sock)) is not None:
+            match message["op"]:
+                case "add" if message["grammar"]:
+                    with self._lock:
+                        self.preparing.add(message["id"])
+                    self._pool.submit(self.prepare, message)
+                case "add":
+                    self.prepare(message)
+                case "abort":
+                    self.inbox.put(partial(self.abort, message["id"]))
+                case "embed":
+                    texts = _Embedding(message["id"], message["inputs"], message["pooling"])
+                    self.inbox.put(partial(self.queue, texts))
+        self.inbox.put(lambda: False)
+
+    def prepare(self, message: dict[str, Any]) -> None:
+        """Make a request ready; what cannot be is refused. Any thread."""
+        name = message["id"]
+        try:
+            sequence = self.llm.prepare(
+                message["prompt"],
+                params_from_json(message["params"]),
+                cache_salt=message["salt"],
+                draft_n_max=message["draft_n_max"],
+            )
+        except Exception as error:
+            self.inbox.put(partial(self.refuse, _refusal(name, error)))
+        else:
+            self.inbox.put(partial(self.add, _Live(name, sequence, message["detail"])))
+
+    def run(self) -> None:
+        """Steps and messages until the socket is closed."""
+        while self.obey():
+            self.collect(self.llm.step())
+            if self.embeddings:
+                self.embed(self.embeddings[0])
+            now = time.monotonic()
+            if now - self._flushed_at >= FLUSH_S:
+                self.flush(now)
+            if now - self._reported_at >= STATS_S:
+                self.report(now)
+
+    def obey(self) -> bool:
+        """Do what was asked meanwhile; waits while there is no work. False to stop."""
+        while not (self.inbox.empty() and (self.llm.scheduler.busy or self.embeddings)):
+            if self.inbox.empty():  # idle
+                self.flush(time.monotonic())
+                self.report(time.monotonic())
+            if not self.inbox.get()():
+                return False
+        return True
+
+    def refuse(self, refusal: dict[str, Any]) -> bool:
+        """Pass on why a request cannot run."""
+        self._settle(refusal["id"])
+        self.send(refusal)
+        return True
+
+    def add(self, live: _Live) -> bool:
+        """Queue a request, unless its caller has left."""
+        if self._settle(live.name):
+            return True
+        try:
+            self.llm.scheduler.add(live.sequence)
+        except Exception as error:
+            return self.refuse(_refusal(live.name, error))
+        self.live[live.sequence.id] = live
+        self.by_name[live.name] = live.sequence.id
+        self.send({"op": "accepted", "id": live.name})
+        return True
+
+    def _settle(self, name: str) -> bool:
+        """A request is no longer being prepared; whether it was aborted meanwhile."""
+        with self._lock:
+            self.preparing.discard(name)
+            gone = name in self.gone
+            self.gone.discard(name)
+        return gone
+
+    def abort(self, name: str) -> bool:
+        """End a request before the next step."""
+        sequence_id = self.by_name.get(name)
+        if sequence_id is None:
+            with self._lock:
+                if name in self.preparing:
+                    self.gone.add(name)
+            return True
+        event = self.llm.abort(sequence_id)
+        if event is not None:
+            self.collect([event])
+        return True
+
+    def queue(self, texts: _Embedding) -> bool:
+        """Texts to embed, one behind each step."""
+        self.embeddings.append(texts)
+        return True
+
+    def embed(self, texts: _Embedding) -> None:
+        """The next text; the answer after the last one."""
+        try:
+            tokens = tuple(texts.inputs[len(texts.vectors)])
+            check_prompt(tokens, self.llm.target.config.vocab_size, self.llm.ctx_size)
+            chunk = self.llm.config.prefill_chunk
+            texts.vectors.append(embed(self.llm.runner, tokens, texts.pooling, chunk).tolist())
+        except Exception as error:
+            self.embeddings.popleft()
+            self.send(_refusal(texts.name, error))
+        else:
+            if len(texts.vectors) == len(texts.inputs):
+                self.embeddings.popleft()
+                self.send({"op": "embedding", "id": texts.name, "vectors": texts.vectors})
+
+    def collect(self, events: list[TokenEvent]) -> None:
+        """Hold events back for the next message."""
+        self.gauges.count(events)
+        for event in events:
+            live = self.live.get(event.request_id)
+            if live is None:
+                continue
+            row: list[Any] = [event.token, event.text, event.drafted]
+            if event.logprobs is not None or live.detail:
+                row.append(_logprobs(event.logprobs))
+            if live.detail:
+                row.append(self._drafts_of(live))
+            self.held.setdefault(event.request_id, []).append(row)
+
+    def _drafts_of(self, live: _Live) -> int:
+        """Drafts of the block that an event came from: told with its first token."""
+        n_drafted = live.sequence.stats.n_drafted
+        n, live.n_drafted = n_drafted - live.n_drafted, n_drafted
+        return n
+
+    def flush(self, now: float) -> None:
+        """Send what is held back; who has ended is forgotten."""
+        self._flushed_at = now
+        if not self.held:
+            return
+        batches = []
+        for sequence_id, rows in self.held.items():
+            live = self.live[sequence_id]
+            end = None
+            if live.sequence.finish_reason is not None:
+                end = self._end(live)
+                del self.live[sequence_id], self.by_name[live.name]
+            batches.append([live.name, rows, end])
+        self.held = {}
+        self.send({"op": "tokens", "batches": batches})
+
+    def _end(self, live: _Live) -> dict[str, Any]:
+        sequence = live.sequence
+        self.gauges.end(sequence)
+        done = completion_of(sequence, "")
+        end: dict[str, Any] = {
+            "reason": sequence.finish_reason,
+            "error": sequence.error,
+            "timings": done.timings,
+            "n_prompt": len(done.prompt_tokens),
+            "n_cached": done.cached_tokens,
+        }
+        if sequence.prompt_logprobs:
+            end["prompt_logprobs"] = [_logprobs(lp) for lp in sequence.prompt_logprobs]
+        return end
+
+    def report(self, now: float) -> None:
+        """Say how the engine is."""
+        self._reported_at = now
+        self.send({"op": "stats", **self.gauges.read(now)})
+
+    def send(self, message: dict[str, Any]) -> None:
+        """One message; the server has gone if it cannot be sent, and then so do we."""
+        try:
+            self.sock.sendall(pack(message))
+        except OSError:
+            raise SystemExit(0) from None
+
+
+def _logprobs(given: Logprobs | None) -> list[Any] | None:
+    return None if given is None else [given.token, given.rank, [list(t) for t in given.top]]
+
+
+def _refusal(name: str, error: Exception) -> dict[str, Any]:
+    known = isinstance(error, OutdraftError)
+    return {
+        "op": "refused",
+        "id": name,
+        "kind": type(error).__name__,
+        "known": known,
+        "message": error.message if isinstance(error, OutdraftError) else f"{error}",
+        "hint": error.hint if isinstance(error, OutdraftError) else "",
+    }
+
+
+def main() -> None:
+    """Load what the server asks for, then serve it until it goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    order = receive(sock)
+    if order is None:
+        return
+    try:
+        llm = LLM(order["model"], EngineConfig(**order["config"]))
+    except Exception as error:
+        sock.sendall(pack(_refusal("", error)))
+        return
+    for note in llm.loading.notes:
+        print(note, file=sys.stderr)
+    worker = Worker(llm, sock)
+    worker.send({"op": "loaded", "info": describe(llm)})
+    threading.Thread(target=worker.read, name="commands", daemon=True).start()
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""What a step costs, from measurements: passes by rows, draft rounds by sequences and depth.
+
+Costs are kept in the machine's usual speed. Every pass of a known size says how fast the machine is
+just now, and the median of the passes around it is divided out before sizes learn from it. So a
+disturbance, or a machine that slows down for a while, changes no choice. No tensors, no clocks.
+"""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping
+from math import log2
+from statistics import median
+
+LEARN = 0.1  # of sizes seen often; those seen seldom learn faster
+OCTAVE_PARTS = 2  # sizes are corrected together, by so many factors for each doubling of rows
+LOOK_EVERY = 3  # steps: to learn from each would cost more than it brings
+CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
+OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
+SPEED_STEPS = 11
+ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
+GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
+
+
+class RowCosts:
+    """Seconds of a pass by its rows: measured sizes, and straight lines between them."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._at: list[float] = []  # by rows; what lies behind the last size is added when asked
+
+    def __contains__(self, n_rows: int) -> bool:
+        i = bisect_left(self.sizes, n_rows)
+        return i < len(self.sizes) and self.sizes[i] == n_rows
+
+    def at(self, n_rows: int) -> float:
+        """Seconds; some size must be known."""
+        while n_rows >= len(self._at):
+            self._at.append(self._beyond(len(self._at)))
+        return self._at[n_rows]
+
+    def set(self, n_rows: int, seconds: float) -> None:
+        """The cost of a size is this."""
+        i = bisect_left(self.sizes, n_rows)
+        if i == len(self.sizes) or self.sizes[i] != n_rows:
+            self.sizes.insert(i, n_rows)
+        del self._at[self.sizes[-1] + 1 :]
+        self._at += [seconds] * (self.sizes[-1] + 1 - len(self._at))
+        self._at[n_rows] = seconds
+        below = self.sizes[i - 1] if i > 0 else None
+        above = self.sizes[i + 1] if i + 1 < len(self.sizes) else None
+        if below is None:
+            for rows in range(n_rows):
+                self._at[rows] = seconds
+        else:
+            self._line(below, n_rows)
+        if above is not None:
+            self._line(n_rows, above)
+
+    def straighten(self) -> None:
+        """Fewer rows cost no more than many: what says otherwise was disturbed."""
+        lowest = float("inf")
+        for size in reversed(self.sizes):
+            lowest = min(lowest, self._at[size])
+            self.set(size, lowest)
+
+    def _line(self, low: int, high: int) -> None:
+        step = (self._at[high] - self._at[low]) / (high - low)
+        for rows in range(low + 1, high):
+            self._at[rows] = self._at[low] + step * (rows - low)
+
+    def _beyond(self, n_rows: int) -> float:
+        last = self.sizes[-1]
+        if len(self.sizes) == 1:
+            return self._at[last] * (1 + GUESSED_SLOPE * (n_rows - last))
+        low = next((s for s in reversed(self.sizes) if 2 * s <= last), self.sizes[0])
+        slope = (self._at[last] - self._at[low]) / (last - low)
+        return self._at[last] + max(0.0, slope) * (n_rows - last)
+
+
+class DraftCosts:
+    """Seconds of a draft round by sequences and depth, both interpolated; zero until measured."""
+
+    def __init__(self) -> None:
+        self.by_batch: dict[int, dict[int, float]] = {}
+        self._found: dict[tuple[int, int], float] = {}
+
+    def __contains__(self, size: tuple[int, int]) -> bool:
+        return size[1] in self.by_batch.get(size[0], {})
+
+    def at(self, n_sequences: int, depth: int) -> float:
+        """Seconds of a round; 0 for nobody or no depth."""
+        found = self._found.get((n_sequences, depth))
+        if found is None:
+            found = self._found[n_sequences, depth] = self._between(n_sequences, depth)
+        return found
+
+    def set(self, n_sequences: int, depth: int, seconds: float) -> None:
+        """The cost of a size is this."""
+        self.by_batch.setdefault(n_sequences, {})[depth] = seconds
+        self._found.clear()
+
+    def _between(self, n: int, depth: int) -> float:
+        if not self.by_batch or n == 0 or depth == 0:
+            return 0.0
+        known = sorted(self.by_batch)
+        above = min((m for m in known if m >= n), default=known[-1])
+        below = max((m for m in known if m <= n), default=known[0])
+        low, high = self._of_depth(below, depth), self._of_depth(above, depth)
+        share = (n - below) / (above - below) if above > below else 0.0
+        return low + share * (high - low)
+
+    def _of_depth(self, n: int, depth: int) -> float:
+        """A line through the two nearest depths; through nothing where only one is known."""
+        depths = self.by_batch[n]
+        if depth in depths:
+            return depths[depth]
+        nearest = sorted(depths, key=lambda d: abs(d - depth))[:2]
+        if len(nearest) == 1:
+            return depths[nearest[0]] * depth / nearest[0]
+        a, b = sorted(nearest)
+        step = (depths[b] - depths[a]) / (b - a)
+        return max(0.0, depths[a] + step * (depth - a))
+
+
+class StepModel:
+    """Expected seconds of a step, learned while running."""
+
+    def __init__(self) -> None:
+        self.passes = RowCosts()
+        self.rounds = DraftCosts()
+        self._draft_s: dict[tuple[int, int], float] = {}
+        self._n_rounds = 0
+        self._draft_factors = ByBatch(1.0)
+        self._rests = ByBatch(0.0)
+        self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
+        self._speed = 1.0
+        self._n_passes = 0
+        self._measured = False
+        self._pass_s: list[float] = []
+        self._factors: list[float] = []
+        self._n_seen: list[float] = []
+
+    @property
+    def known(self) -> bool:
+        """Whether any pass was measured."""
+        return bool(self.passes.sizes)
+
+    @property
+    def speed(self) -> float:
+        """Seconds of late over what they usually are."""
+        return self._speed
+
+    def at(self, n_sequences: int, n_rows: int, n_drafting: int = 0, depth: int = 0) -> float:
+        """Seconds of a step at the usual speed; `n_drafting` sequences are in the draft round."""
+        draft_s = self.draft_s(n_drafting, depth) if depth else 0.0
+        return self.pass_s(n_rows) + draft_s + self.rest_s(n_sequences)
+
+    def draft_s(self, n_drafting: int, depth: int) -> float:
+        """Of a draft round."""
+        found = self._draft_s.get((n_drafting, depth))
+        if found is None:
+            found = self.rounds.at(n_drafting, depth) * self._draft_factors.at(n_drafting)
+            self._draft_s[n_drafting, depth] = found
+        return found
+
+    def rest_s(self, n_sequences: int) -> float:
+        """Of what follows a pass."""
+        return self._rests.at(n_sequences)
+
+    def pass_s(self, n_rows: int) -> float:
+        """Of a pass: what was measured first, times what was learned about sizes like it."""
+        while n_rows >= len(self._pass_s):
+            self._pass_s.append(self._corrected(len(self._pass_s)))
+        return self._pass_s[n_rows]
+
+    def _corrected(self, n_rows: int) -> float:
+        i, share = self._place(n_rows)
+        factor = (1 - share) * self._factors[i] + share * self._factors[i + 1]
+        return self.passes.at(n_rows) * factor
+
+    def _place(self, n_rows: int) -> tuple[int, float]:
+        """The factors on both sides of a size: the first one's index, the share of the second."""
+        at = OCTAVE_PARTS * log2(max(1, n_rows))
+        while len(self._factors) < at + 2:
+            self._factors.append(1.0)
+            self._n_seen.append(0.0)
+        return int(at), at - int(at)
+
+    def observe_pass(self, n_rows: int, seconds: float) -> None:
+        """A pass of so many rows took so long."""
+        if n_rows not in self.passes and not self._measured:
+            self.passes.set(n_rows, seconds / self._speed)
+            self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows))
+            self._pass_s.clear()
+            return
+        self._n_passes += 1
+        if self._n_passes % LOOK_EVERY:
+            return
+        self._steps.append((n_rows, seconds, seconds / self.pass_s(n_rows)))
+        self._speed = median(ratio for _, _, ratio in self._steps)
+        if len(self._steps) < SPEED_STEPS:
+            return
+        n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]  # both sides of the middle are known
+        others = [ratio for size, _, ratio in self._steps if size != n_rows]
+        speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
+        if not 1 / CHANGED < self._speed < CHANGED:
+            # Or the sizes of late were measured wrongly: each is believed anew when it comes.
+            self._n_seen = [0.0] * len(self._n_seen)
+            self._draft_factors.doubt()
+        self._learn(n_rows, seconds / speed / self.pass_s(n_rows))
+
+    def _learn(self, n_rows: int, ratio: float) -> None:
+        i, share = self._place(n_rows)
+        for at, weight in ((i, 1 - share), (i + 1, share)):
+            self._n_seen[at] += weight
+            step = weight * max(LEARN, 1 / (self._n_seen[at] + 1))
+            self._factors[at] *= _towards(1.0, ratio, step)
+        self._pass_s.clear()
+
+    def measured(self, passes: Mapping[int, float]) -> None:
+        """Seconds of passes by rows, all measured at one time; what others cost is between them."""
+        for n_rows, seconds in passes.items():
+            self.passes.set(n_rows, seconds)
+        self.passes.straighten()
+        self._measured = len(passes) > 1
+        self._pass_s.clear()
+
+    def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
+        """A draft round took so long."""
+        own_s = seconds / self._speed
+        first_s = self.rounds.at(n_drafting, depth)
+        self._n_rounds += 1
+        if first_s > 0.0 and self._n_rounds % LOOK_EVERY:
+            return
+        if first_s == 0.0:
+            self.rounds.set(n_drafting, depth, own_s)
+        else:
+            self._draft_factors.observe(n_drafting, own_s / first_s)
+        self._draft_s.clear()
+
+    def observe_rest(self, n_sequences: int, seconds: float) -> None:
+        """What followed a pass took so long."""
+        self._rests.observe(n_sequences, seconds / self._speed)
+
+
+class ByBatch:
+    """A running mean for batches of about one size: 1, 2 and 3, 4 to 7, and so on."""
+
+    def __init__(self, unknown: float) -> None:
+        self.unknown = unknown
+        self._mean: dict[int, float] = {}
+        self._n_seen: dict[int, int] = {}
+
+    def at(self, n_sequences: int) -> float:
+        """Of the nearest size that was seen."""
+        size = n_sequences.bit_length()
+        if size in self._mean:
+            return self._mean[size]
+        nearest = min(self._mean, key=lambda other: abs(other - size), default=None)
+        return self.unknown if nearest is None else self._mean[nearest]
+
+    def observe(self, n_sequences: int, value: float) -> None:
+        """One more value; an outlier counts as `OUTLIER` times the mean."""
+        size = n_sequences.bit_length()
+        n_seen = self._n_seen[size] = self._n_seen.get(size, 0) + 1
+        usual = self._mean.get(size)
+        share = max(LEARN, 1 / (n_seen + 1))
+        self._mean[size] = value if usual is None else _towards(usual, value, share)
+
+    def doubt(self) -> None:
+        """Believe the next values more than the mean."""
+        self._n_seen.clear()
+
+
+def _towards(usual: float, seen: float, share: float = LEARN) -> float:
+    return usual + share * (min(seen, OUTLIER * usual) - usual)

@@ -1,0 +1,76 @@
+"""Costs of passes and rounds from few measurements."""
+
+import itertools
+import random
+
+import pytest
+
+from outdraft.speculate.costs import DraftCosts, RowCosts, StepModel
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_costs_between_sizes_are_lines_whatever_the_order(seed: int) -> None:
+    rng = random.Random(seed)
+    known = {n: 1.0 + rng.random() * n for n in rng.sample(range(1, 60), 9)}
+    costs = RowCosts()
+    for n in rng.sample(sorted(known), len(known)):
+        costs.set(n, 9.9)
+        costs.at(rng.randint(1, 80))
+        costs.set(n, known[n])
+    sizes = sorted(known)
+    for low, high in itertools.pairwise(sizes):
+        for n in range(low, high + 1):
+            share = (n - low) / (high - low)
+            assert costs.at(n) == pytest.approx(known[low] + share * (known[high] - known[low]))
+    assert costs.at(1) == pytest.approx(known[sizes[0]])
+    assert costs.at(100) >= costs.at(sizes[-1])
+
+
+def test_rounds_between_batches_and_depths() -> None:
+    costs = DraftCosts()
+    assert costs.at(3, 2) == 0.0
+    for n in (1, 4):
+        for depth in (1, 4):
+            costs.set(n, depth, 0.1 * n + 0.2 * depth)
+    assert costs.at(1, 2) == pytest.approx(0.5) and costs.at(2, 4) == pytest.approx(1.0)
+    assert costs.at(3, 3) == pytest.approx(0.9) and costs.at(9, 1) == pytest.approx(0.6)
+    assert costs.at(0, 4) == 0.0 == costs.at(4, 0)
+
+
+def test_one_disturbed_step_moves_a_cost_little() -> None:
+    model = StepModel()
+    model.measured({n_rows: 1.0 + 0.1 * n_rows for n_rows in (1, 2, 4)})
+    for _ in range(20):
+        model.observe_pass(2, 1.2)
+    model.observe_pass(2, 50.0)
+    assert model.at(2, 2) < 1.27 and model.speed == pytest.approx(1.0)
+
+
+def test_a_cost_that_was_wrong_is_corrected() -> None:
+    """Measured too high at the start, beside another size that tells how fast the machine is."""
+    model = StepModel()
+    model.measured({1: 1.0, 2: 3.0})
+    for _ in range(300):
+        model.observe_pass(1, 1.0)
+        model.observe_pass(2, 1.2)
+    assert model.at(1, 2) / model.at(1, 1) == pytest.approx(1.2, rel=0.05)
+
+
+def test_a_machine_that_changes_much_is_measured_anew() -> None:
+    """Another program on its cores made every pass cost the same; then it ended."""
+    model = StepModel()
+    model.measured(dict.fromkeys((1, 2, 4, 8), 25.0))
+    for _ in range(60):
+        model.observe_pass(2, 1.2)
+    for _ in range(100):
+        model.observe_pass(1, 1.0)
+        model.observe_pass(4, 1.4)
+    assert model.at(1, 4) / model.at(1, 1) == pytest.approx(1.4, rel=0.05)
+
+
+def test_fewer_rows_cost_no_more() -> None:
+    costs = RowCosts()
+    for n_rows, seconds in ((1, 3.0), (2, 1.0), (4, 1.5), (8, 1.2)):
+        costs.set(n_rows, seconds)
+    costs.straighten()
+    assert [costs.at(n) for n in (1, 2, 4, 8)] == [1.0, 1.0, 1.2, 1.2]
