@@ -14,6 +14,12 @@ if [ ! -d "$home/source/vendor/llama.cpp" ]; then
   tar -xzf "$fetched"/llama_cpp_python-$version.tar.gz -C "$fetched"
   mv "$fetched/llama_cpp_python-$version" "$home/source"
 fi
+# GCC 12 leaves out the stores of AMX's tile configuration, because its intrinsic does not say
+# that it reads them; the server then ends with a signal at its first 8-bit product. This keeps them.
+amx="$home/source/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
+if ! grep -q 'volatile("" : : "r"(&tc)' "$amx"; then
+  sed -i 's|^    _tile_loadconfig(&tc);|    __asm__ volatile("" : : "r"(\&tc) : "memory");\n&|' "$amx"
+fi
 # Compiled for this very processor, as ours chooses its instructions for it; nothing is fetched.
 cmake -S "$home/source/vendor/llama.cpp" -B "$home/build" -DCMAKE_BUILD_TYPE=Release \
   -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \

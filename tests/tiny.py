@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, mtp
 from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import family_of
 from outdraft.weights.load import ExpectedTensor
 
@@ -116,9 +117,57 @@ MINISTRAL3: dict[str, Any] = {
 }
 
 
+QWEN35: dict[str, Any] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+    },
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ministral3": MINISTRAL3,
+    "qwen3_5": QWEN35,
+    "qwen3_5_moe": QWEN35
+    | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+    },
+}
+
+
 def target_config(shape: str = "plain", **changes: Any) -> dict[str, Any]:
     """config.json of a tiny target."""
-    base = MINISTRAL3 if shape == "ministral3" else _BASE | SHAPES[shape]
+    base = OTHERS[shape] if shape in OTHERS else _BASE | SHAPES[shape]
     return json.loads(json.dumps(base | changes))
 
 
@@ -264,3 +313,13 @@ def tiny_assistant(
     return write_model(
         path, config, assistant_weights(config, seed), generation={"num_assistant_tokens": 4}
     )
+
+
+def tiny_hybrid(path: Path, shape: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> Path:
+    """A tiny random Qwen 3.5 with a native head, in the layout of the published checkpoints."""
+    config = target_config(shape, mtp_num_hidden_layers=1, **changes)
+    shapes = mtp.expected_tensors(Qwen35Config.from_hf(config))
+    head = {f"mtp.{name}": t for name, t in random_tensors(shapes, seed + 1).items()}
+    body = target_weights(config, seed)
+    named = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in body.items()}
+    return write_model(path, config, named | head, prefix="")

@@ -18,25 +18,6 @@ namespace {
 constexpr int64_t kSerialElements = 8192;
 constexpr int64_t kSerialActivations = 1024;  // an exponential each
 
-using Addr = uintptr_t;
-
-// Run `calls` now or add them to `program`.
-void submit(Program* program, std::initializer_list<Call> calls) {
-  if (program) {
-    for (const Call& call : calls) program->add(call);
-    return;
-  }
-  Program once;
-  for (const Call& call : calls) once.add(call);
-  nb::gil_scoped_release release;
-  once.replay();
-}
-
-template <class Args>
-void submit(Program* program, Kernel<Args> kernel, const Args& args, bool serial) {
-  submit(program, {Call::make(kernel, args, serial)});
-}
-
 bool small(int64_t rows, int64_t k) { return rows == 1 || rows * k <= kSerialElements; }
 
 int64_t prepared_bytes(const Weight& w, int64_t rows) {

@@ -26,4 +26,5 @@ NB_MODULE(_core, m) {
       .def("replay", &outdraft::Program::replay, nb::call_guard<nb::gil_scoped_release>());
   outdraft::bind_packing(m);
   outdraft::bind_kernels(m);
+  outdraft::bind_recurrent(m);
 }

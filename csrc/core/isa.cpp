@@ -3,6 +3,11 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(OUTDRAFT_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace outdraft {
 namespace {
 
@@ -13,6 +18,14 @@ struct Candidate {
   const KernelTable* table;
 };
 
+#if defined(OUTDRAFT_AMX)
+// The system keeps tile registers only for processes that have asked for them.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 std::vector<Candidate> candidates() {
   std::vector<Candidate> all;
 #ifdef OUTDRAFT_X86
@@ -22,6 +35,11 @@ std::vector<Candidate> candidates() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#ifdef OUTDRAFT_AMX
+  static const bool amx = avx512 && __builtin_cpu_supports("amx-tile") &&
+                          __builtin_cpu_supports("amx-int8") && may_use_tiles();
+  all.push_back({"avx512-amx", "AVX-512 with VNNI and AMX", amx, &avx512_amx::table()});
+#endif
   all.push_back({"avx512", "AVX-512 F, BW, DQ, VL and VNNI", avx512, &avx512::table()});
 #ifdef OUTDRAFT_AVX_VNNI
   all.push_back({"avx2-vnni", "AVX2, FMA, F16C and AVX-VNNI",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/recurrent_args.h"
 #include "core/types.h"
 
 namespace outdraft {
@@ -25,6 +26,9 @@ struct KernelTable {
   Kernel<TopArgs> top;
   Kernel<GroupPairsArgs> group_pairs;
   Kernel<CombineArgs> combine;
+  Kernel<ConvArgs> short_conv;
+  Kernel<DeltaArgs> delta_rule;
+  Kernel<GatedNormArgs> gated_norm;
   Kernel<ReadArgs> read_all;
 };
 
@@ -39,6 +43,9 @@ namespace avx2_vnni {
 const KernelTable& table();
 }
 namespace avx512 {
+const KernelTable& table();
+}
+namespace avx512_amx {
 const KernelTable& table();
 }
 #endif

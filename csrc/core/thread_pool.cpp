@@ -1,5 +1,6 @@
 #include "core/thread_pool.h"
 
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -49,6 +50,8 @@ ThreadPool::ThreadPool(int n_threads) : barrier_(n_threads) {
   if (n_threads < 1) throw std::invalid_argument("a thread pool needs at least one thread");
   for (int i = 0; i < n_threads; ++i)
     scratch_.emplace_back(static_cast<std::byte*>(::operator new[](kScratchBytes, kCacheLine)));
+  shared_.reset(static_cast<std::byte*>(::operator new[](kSharedBytes, kCacheLine)));
+  std::memset(shared_.get(), 0, kCounterBytes);
   for (int i = 1; i < n_threads; ++i) threads_.emplace_back(&ThreadPool::work, this, i);
 }
 

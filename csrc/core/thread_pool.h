@@ -50,10 +50,13 @@ class ThreadPool {
   };
   using Scratch = std::unique_ptr<std::byte[], AlignedDelete>;
 
-  Worker worker(int index) const { return {index, size(), scratch_[index].get()}; }
+  Worker worker(int index) const {
+    return {index, size(), scratch_[index].get(), shared_.get()};
+  }
   void work(int index);
 
   std::vector<Scratch> scratch_;
+  Scratch shared_;
   Barrier barrier_;
   std::mutex region_;
   Body body_ = nullptr;

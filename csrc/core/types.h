@@ -82,9 +82,13 @@ struct Worker {
   int index = 0;
   int count = 1;
   std::byte* scratch = nullptr;  // kScratchBytes of its own, aligned to a cache line
+  std::byte* shared = nullptr;   // kSharedBytes of all workers; each kernel may overwrite it, but
+                                 // leaves zeros in the first kCounterBytes, as it finds them
 };
 
 constexpr int64_t kScratchBytes = 512 * 1024;
+constexpr int64_t kSharedBytes = 4 * 1024 * 1024;
+constexpr int64_t kCounterBytes = 4096;
 
 struct Range {
   int64_t begin = 0;

@@ -26,8 +26,8 @@ static constexpr Ahead lead(bool first, int rows, int many_rows) {
 
 template <Ahead kAhead>
 static inline void prefetch(const uint8_t* p) {
-  if constexpr (kAhead == Ahead::near) __builtin_prefetch(p + 8320, 0, 3);
-  if constexpr (kAhead == Ahead::far) __builtin_prefetch(p + 12800, 0, 2);
+  if constexpr (kAhead == Ahead::near) __builtin_prefetch(p + 2112, 0, 3);
+  if constexpr (kAhead == Ahead::far) __builtin_prefetch(p + 4160, 0, 2);
 }
 
 static inline int32_t four_bytes(const uint8_t* p) {
@@ -70,7 +70,7 @@ struct W8 {
     int64_t k = 0;
     for (; k + 4 * kChains <= w.k; k += 4 * kChains) {
       for (int c = 0; c < kChains; ++c, weights += 64) {
-        prefetch<lead(kFirst, R, 6)>(weights);
+        prefetch<lead(kFirst, R, 3)>(weights);
         const B bytes = load_bytes(weights);
         for (int r = 0; r < R; ++r)
           acc[c * R + r] = dot_w8(acc[c * R + r], bytes, four_bytes(x[r] + k + 4 * c));

@@ -20,7 +20,9 @@ static inline void each_vector(int64_t rows, int64_t k, const Worker& worker, Bo
 static void gated(const GatedArgs& a, const Worker& worker) {
   each_vector(a.rows, a.k, worker, [&](int64_t row, int64_t i, int64_t n) {
     const F gate = load_at(a.gate, row, i, n);
-    const F open = a.activation == Activation::silu ? silu(gate) : gelu_tanh(gate);
+    const F open = a.activation == Activation::silu      ? silu(gate)
+                   : a.activation == Activation::sigmoid ? sigmoid(gate)
+                                                         : gelu_tanh(gate);
     store_at(a.out, row, i, mul(open, load_at(a.up, row, i, n)), n);
   });
 }

@@ -9,13 +9,21 @@
 #include "kernels/norms.h"
 #include "kernels/pointwise.h"
 #include "kernels/prepare.h"
+#ifdef OUTDRAFT_TILES
+#include "kernels/tiles.h"
+#endif
+#include "kernels/recurrent.h"
 
 namespace outdraft::OUTDRAFT_ISA {
 
 const KernelTable& table() {
   static constexpr KernelTable all = {
       .prepare = prepare,
+#ifdef OUTDRAFT_TILES
+      .linear = linear_or_tiles,
+#else
       .linear = linear,
+#endif
       .expert_linear = expert_linear,
       .attention = attention,
       .norm = norm,
@@ -29,6 +37,9 @@ const KernelTable& table() {
       .top = top,
       .group_pairs = group_pairs,
       .combine = combine,
+      .short_conv = short_conv,
+      .delta_rule = delta_rule,
+      .gated_norm = gated_norm,
       .read_all = read_all,
   };
   return all;

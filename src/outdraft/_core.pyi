@@ -171,3 +171,45 @@ def combine(
     program: Program | None, x: Matrix, weights: int, out: Matrix, count: int, rows: int, k: int
 ) -> None: ...
 def read_all(data: int, bytes: int) -> None: ...
+def short_conv(
+    program: Program | None,
+    x: Matrix,
+    out: Matrix,
+    weight: int,
+    state: int,
+    sequence: int,
+    read: int,
+    write: int,
+    rows: int,
+    channels: int,
+    width: int,
+) -> None: ...
+def delta_rule(
+    program: Program | None,
+    qkv: Matrix,
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    decay: int,
+    bias: int,
+    state: int,
+    sequence: int,
+    read: int,
+    write: int,
+    rows: int,
+    n_k_heads: int,
+    n_v_heads: int,
+    k_dim: int,
+    v_dim: int,
+) -> None: ...
+def gated_norm(
+    program: Program | None,
+    x: Matrix,
+    gate: Matrix,
+    out: Matrix,
+    weight: int,
+    eps: float,
+    rows: int,
+    n_heads: int,
+    dim: int,
+) -> None: ...

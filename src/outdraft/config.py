@@ -6,9 +6,10 @@ from typing import Literal, get_args
 from outdraft.errors import OutdraftError
 
 SpecType = Literal[
-    "auto", "off", "gemma4-assistant", "draft-model", "ngram", "ngram+gemma4-assistant"
+    "auto", "off", "gemma4-assistant", "draft-model", "mtp", "ngram", "ngram+gemma4-assistant"
 ]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "cpu", "reference"]
 Quant = Literal["auto", "bf16", "w8", "w4"]
 KvDType = Literal["bf16", "int8", "fp32"]
@@ -18,6 +19,7 @@ DEFAULT_CTX_SIZE = 8192
 
 CHOICES = (
     ("spec_type", SpecType),
+    ("device", Device),
     ("backend", Backend),
     ("dtype", DType),
     ("quant", Quant),
@@ -32,7 +34,8 @@ class EngineConfig:
     Attributes:
         spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
             repeats the text itself, `ngram+gemma4-assistant` does where a long match is found;
-            `draft-model` is a smaller model of the same tokenizer, named by `assistant`.
+            `draft-model` is a smaller model of the same tokenizer, named by `assistant`; `mtp` is
+            the head in the checkpoint.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
@@ -40,6 +43,8 @@ class EngineConfig:
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token. Requests with a seed take the most probable one where
             the length is chosen, so that measured times do not change their text.
+        device: `cuda` is one GPU through Triton; `auto` takes a GPU that can be used, unless a
+            backend or a dtype is asked for.
         backend: `cpu` is the compiled kernels, `reference` plain PyTorch; `auto` takes the kernels
             unless a dtype is asked for, which only the reference has.
         dtype: of the reference's weights and activations; `auto` is the checkpoint's.
@@ -69,6 +74,7 @@ class EngineConfig:
     draft_n_max: int | None = None
     draft_n: int | None = None
     sample_drafts: bool = True
+    device: Device = "auto"
     backend: Backend = "auto"
     dtype: DType = "auto"
     quant: Quant = "auto"

@@ -62,10 +62,13 @@ class SamplingParams:
         logprobs: report log-probabilities: of each emitted token and of so many best ones. They
             are the model's own, before any of the values above.
         prompt_logprobs: the same for the tokens of the prompt.
-        json_schema: the text is JSON of this schema, a mapping or JSON text.
-        json_object: the text is a JSON object.
+        json_schema: the text is JSON of this schema, a mapping or JSON text. It is on one line, as
+            `json.dumps` writes it, so that no answer is cut inside of spaces.
+        json_object: the text is a JSON object, laid out alike.
         regex: the text matches this regular expression as a whole.
         grammar: the text follows this Lark grammar.
+        show_token_ids: special tokens that stand in the text as the vocabulary spells them; others
+            have no text.
         max_thinking_tokens: the reasoning block is closed after so many tokens; None never.
 
     Raises:
@@ -98,6 +101,7 @@ class SamplingParams:
     regex: str | None = None
     grammar: str | None = None
     max_thinking_tokens: int | None = None
+    show_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bias = self.logit_bias
@@ -236,6 +240,7 @@ _WHOLE = (
 _LENGTHS = (
     ("stop", MAX_STOPS),
     ("stop_token_ids", MAX_STOPS),
+    ("show_token_ids", MAX_STOPS),
     ("logit_bias", MAX_BIASES),
     ("bad_words", MAX_BAD_WORDS),
 )

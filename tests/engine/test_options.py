@@ -6,6 +6,7 @@ place in a block is where one ends.
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -272,3 +273,61 @@ def test_prompt_logprobs_do_not_come_from_the_prefix_cache(llm: LLM) -> None:
     first, again = llm.generate(whole, params), llm.generate(whole, params)
     assert len(first.prompt_logprobs) == len(whole)
     assert first.prompt_logprobs == again.prompt_logprobs
+
+
+def combination(draw: random.Random) -> dict[str, object]:
+    """Some of all options together, of each name one value; at most one grammar."""
+    chosen: dict[str, object] = {}
+    for name in draw.sample(sorted(OPTIONS), draw.randint(2, 7)):
+        grammars = [g for g in ("regex", "grammar", "json_schema") if g in chosen]
+        chosen |= {
+            key: value
+            for key, value in OPTIONS[name].items()
+            if not (grammars and key in ("regex", "grammar", "json_schema"))
+        }
+    return chosen
+
+
+def check_combinations(llm: LLM, seeds: range) -> None:
+    """Options together, drafts half right: alone and beside others what plain decoding gives.
+
+    A combination may leave no token; then it has to end with the same error everywhere.
+    """
+    params = []
+    for seed in seeds:
+        draw = random.Random(seed)
+        temperature = draw.choice([0.0, 0.8, 2.0])
+        chosen = combination(draw)
+        params.append(
+            SamplingParams(temperature=temperature, seed=seed, max_tokens=50, **chosen)  # type: ignore[arg-type]
+        )
+    wanted = [plain(llm, one) for one in params]
+    n_kept = 0
+    for one, want in zip(params, wanted, strict=True):
+        llm.runner.drafter = Oracle(want.tokens, 0.2)
+        llm.set_draft_n_max(1 + (one.seed or 0) % 5)
+        got = llm.generate(PROMPT, one)
+        assert outcome(got) == outcome(want), one
+        n_kept += got.stats.n_accepted
+    assert n_kept > 5 * len(params)
+    llm.runner.drafter = Oracle(wanted[0].tokens, 0.0)
+    together = llm.generate_all([PROMPT] * len(params), params)
+    for one, want, got in zip(params, wanted, together, strict=True):
+        assert outcome(got) == outcome(want), one
+    llm.check()
+
+
+def outcome(got: Completion) -> tuple[object, ...]:
+    return got.tokens, got.text, got.finish_reason, got.error
+
+
+def test_options_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.runner, "drafter", llm.runner.drafter)  # put back afterwards
+    check_combinations(llm, range(12))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("part", range(1, 9))
+def test_many_options_together(llm: LLM, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.runner, "drafter", llm.runner.drafter)
+    check_combinations(llm, range(100 * part, 100 * part + 60))

@@ -61,6 +61,5 @@ def test_peak_memory_is_that_of_the_packed_weights(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(small), str(big)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     growth, packed = (int(number) for number in done.stdout.split())
-    chunks = 24 << 20  # what is being unpacked, and the allocator's rounding
     assert packed > 80e6
-    assert growth < 1.1 * packed + chunks
+    assert growth < 1.1 * packed  # what is being unpacked is about 3 MiB

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from outdraft import _core
 from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
 from outdraft.ops.cpu import CpuOps
 
@@ -146,3 +147,54 @@ def test_heads_are_written_where_attention_reads(
         )
         stored[page[t], :, slot[t]] = 0
     assert (stored == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_heads", "n_kv", "window"), [(8, 1, None), (6, 2, 300), (5, 5, 700)])
+def test_long_contexts_give_the_same_bits_however_they_are_shared(
+    dtype: torch.dtype, n_heads: int, n_kv: int, window: int | None, rng: torch.Generator
+) -> None:
+    """Parts of the context are computed by different workers and added up in one order."""
+    n_pages, dim, ops = 60, 32, CpuOps()
+    kv = random_pages(n_pages, n_kv, dim, dtype, rng)
+    rows = random_rows(11, n_pages, window, rng)
+    q = torch.randn(11, n_heads, dim, generator=rng)
+    _core.set_threads(1)
+    alone = torch.cat(
+        [ops.attention(q[t : t + 1], kv, take(rows, torch.tensor([t])), 0.2) for t in range(11)]
+    )
+    torch.testing.assert_close(alone.double(), reference(q, kv, rows, 0.2), rtol=1e-4, atol=2e-6)
+    for threads in (2, 3, 1):
+        _core.set_threads(threads)
+        for n_rows in (1, 2, 4, 11):
+            index = torch.randperm(11, generator=rng)[:n_rows].sort().values
+            out = ops.attention(q[index], kv, take(rows, index), 0.2)
+            assert torch.equal(out, alone[index]), (threads, n_rows)
+
+
+@pytest.mark.parametrize("lo", [0, 1, 255, 256, 257])
+@pytest.mark.parametrize("hi", [257, 511, 512, 513, 767])
+def test_parts_begin_and_end_anywhere(lo: int, hi: int, rng: torch.Generator) -> None:
+    kv = random_pages(12, 1, 16, torch.float32, rng)
+    table = torch.randperm(12, generator=rng).int()[None]
+    one = torch.zeros(1, dtype=torch.int32)
+    rows = AttentionRows(table, one, one, one + lo, one + hi)
+    q = torch.randn(1, 2, 16, generator=rng)
+    for threads in (2, 1):
+        _core.set_threads(threads)
+        out = CpuOps().attention(q, kv, rows, 0.5)
+        expected = reference(q, kv, rows, 0.5)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_many_rows_at_once_get_the_bits_of_few(rng: torch.Generator) -> None:
+    """Enough rows that each worker takes whole rows instead of parts of the context."""
+    kv = random_pages(40, 1, 16, torch.bfloat16, rng)
+    rows = random_rows(150, 40, None, rng)
+    q = torch.randn(150, 4, 16, generator=rng)
+    _core.set_threads(2)
+    many = CpuOps().attention(q, kv, rows, 0.5)
+    for t in (0, 74, 75, 149):
+        index = torch.tensor([t])
+        assert torch.equal(CpuOps().attention(q[index], kv, take(rows, index), 0.5), many[index])
+    _core.set_threads(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outdraft.errors import SamplingError
+from outdraft.errors import QueueFull, SamplingError
 from outdraft.request import SamplingParams
 from outdraft.sampling import grammar
 from outdraft.sampling.compile_check import CompileCheck
@@ -139,6 +139,15 @@ def test_the_process_comes_back_after_it_was_killed(grammars: Grammars) -> None:
     check.check(grammar._source(FINE))
     check.close()
     assert check._process is None
+
+
+def test_who_waits_too_long_for_others_is_sent_away(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars._check, "deadline_s", 0.02)
+    with grammars._check._lock, pytest.raises(QueueFull):
+        grammars.start(SamplingParams(regex="[ab]{2}never"))
+    assert not grammars._check._lock.locked()
 
 
 def test_the_process_ends_with_who_asked(tmp_path: Path) -> None:

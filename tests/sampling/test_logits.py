@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
-from outdraft.sampling.logits import NUCLEUS_GUESS, distribution, greedy
+from outdraft.sampling.logits import NUCLEUS_GUESS, candidates, distribution, greedy
 
 OPTIONS = [
     SamplingParams(0.7),
@@ -94,6 +94,31 @@ def test_filters_together_are_the_documented_order() -> None:
         want = torch.tensor(restated(logits, params), dtype=torch.float64)
         got = distribution(torch.tensor([logits], dtype=torch.float64), params)[0]
         assert (got - want).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("vocab", [300, 4099, 140_001])
+@pytest.mark.parametrize("ties", [False, True])
+def test_large_vocabularies_are_cut_like_small_ones(vocab: int, ties: bool) -> None:
+    """The best are looked for chunk by chunk; with ties many scores are equal to the last."""
+    draw = torch.Generator().manual_seed(vocab)
+    for scale, params in (
+        (6.0, SamplingParams(0.9, top_k=50)),
+        (3.0, SamplingParams(0.7, top_k=1000, top_p=0.9)),
+        (6.0, SamplingParams(1.0, top_p=0.95)),
+        (0.5, SamplingParams(1.0, top_p=0.7)),  # a nucleus of most tokens
+        (4.0, SamplingParams(0.9, min_p=0.01)),
+    ):
+        logits_V = torch.randn(vocab, generator=draw, dtype=torch.float64) * scale
+        if ties:
+            logits_V = (2 * logits_V).round() / 2
+        logits_V[torch.randint(vocab, (vocab // 5,), generator=draw)] = -torch.inf
+        logits_V[3] = 1.0
+        want = torch.tensor(restated(logits_V.tolist(), params), dtype=torch.float64)
+        got = distribution(logits_V[None], params)[0]
+        assert torch.equal(got > 0, want > 0) and (got - want).abs().max() < 1e-12
+        ids_C, probs_C = candidates(logits_V, params)
+        assert ids_C is not None and torch.equal(ids_C, torch.nonzero(want).flatten())
+        assert torch.equal(probs_C, got[ids_C])
 
 
 @pytest.mark.parametrize("params", OPTIONS, ids=str)

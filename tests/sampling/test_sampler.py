@@ -75,7 +75,24 @@ def test_many_tokens_of_little_weight() -> None:
     assert sample(probs, 0.5) == 131_072
 
 
+@pytest.mark.parametrize("vocab", [16_384, 40_001])
+def test_chunks_give_the_token_of_the_whole_sum(vocab: int) -> None:
+    probs = torch.softmax(4 * torch.randn(vocab), 0)
+    probs[torch.rand(vocab) < 0.5] = 0
+    probs[: vocab // 3] = 0
+    probs[-1] = 1e-3
+    mass = probs.double().cumsum(0)
+    shares = mass / mass[-1]
+    numbers = [0.0, BELOW_ONE, *torch.rand(2000, dtype=torch.float64).tolist()]
+    for u in numbers:
+        token = sample(probs, u)
+        assert probs[token] > 0
+        before = float(shares[token - 1]) if token else 0.0
+        assert before - 1e-6 <= u <= float(shares[token]) + 1e-6
+
+
 @pytest.mark.parametrize("bad", [[0.0, 0.0], [0.5, torch.nan], [torch.inf, 1.0]])
 def test_what_is_no_distribution_is_an_error(bad: list[float]) -> None:
-    with pytest.raises(OutdraftError, match="no token can be drawn"):
-        sample(torch.tensor(bad), 0.5)
+    for row in (bad, bad * 10_000):
+        with pytest.raises(OutdraftError, match="no token can be drawn"):
+            sample(torch.tensor(row), 0.5)

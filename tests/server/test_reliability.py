@@ -102,7 +102,7 @@ def test_overload_answers_only_200_429_503(small: Live) -> None:
     small.wait_idle()
 
 
-def kill_engine(live: Live, times: int) -> None:
+def kill_engine(live: Live, times: int, within_s: float = 60.0) -> None:
     for i in range(times):
         before = live.metric("outdraft_engine_restarts_total")
         with closing(raw_post(live.port, "/v1/completions", LONG)) as sock:
@@ -118,7 +118,7 @@ def kill_engine(live: Live, times: int) -> None:
                 piece = sock.recv(65536)
                 assert piece, f"closed without a last event: {tail[-300:]!r}"
                 tail = tail[-2000:] + piece
-            assert time.monotonic() - killed_at < 1.0
+            assert time.monotonic() - killed_at < within_s
             assert b"engine_gone" in tail
         health = live.get("/health")
         restarted = live.metric("outdraft_engine_restarts_total") > before
@@ -136,7 +136,7 @@ def test_the_engine_killed_is_started_again(small: Live) -> None:
 
 @pytest.mark.prove
 def test_the_engine_killed_20_times_recovers_20_times(small: Live) -> None:
-    kill_engine(small, 20)
+    kill_engine(small, 20, within_s=1.0)
 
 
 def test_sigterm_gives_every_stream_its_last_event() -> None:

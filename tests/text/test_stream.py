@@ -54,6 +54,26 @@ def test_arbitrary_ids_give_what_decoding_all_gives(kind: str, data: st.DataObje
     assert "".join(pieces) == tokenizer.decode(prompt + output)[len(shown) :]
 
 
+@settings(max_examples=300, deadline=None)
+@given(kind=KIND, prompt=TEXT, before=TEXT, after=TEXT)
+def test_special_tokens_that_are_shown_stand_where_they_were_written(
+    kind: str, prompt: str, before: str, after: str
+) -> None:
+    tokenizer = TOKENIZERS[kind]
+    marker = tokenizer.token_to_id("<turn|>")
+    hidden = tokenizer.token_to_id("<pad>")
+    assert marker is not None and hidden is not None
+    first, second = tokenizer.encode(prompt), tokenizer.encode(before)
+    third = tokenizer.encode(after)
+    assume(not tokenizer.decode(first).endswith(REPLACEMENT))
+    detokenizer = IncrementalDetokenizer(tokenizer, first, frozenset({marker}))
+    pieces = [detokenizer.push(t) for t in [*second, marker, hidden, *third, marker]]
+    start, middle = tokenizer.decode(first), tokenizer.decode(first + second)
+    whole = tokenizer.decode(first + second + third)
+    expected = f"{middle[len(start) :]}<turn|>{whole[len(middle) :]}<turn|>"
+    assert "".join(pieces) + detokenizer.flush() == expected
+
+
 @settings(max_examples=200, deadline=None)
 @given(output=st.binary(max_size=30))
 def test_only_the_last_unfinished_character_is_held(output: bytes) -> None:

@@ -53,10 +53,10 @@ def compare_peer(runs: Sequence[Run], plain: str, drafting: Sequence[str]) -> di
     """Figures of a peer's arms, and ours over theirs, by kind and overall.
 
     `best` is the arm, plain included, that is fastest over all prompts; `assisted` the fastest of
-    those that draft.
+    those that draft. Both by the median of runs: one run that the machine disturbs decides nothing.
     """
     kinds = list(dict.fromkeys(run.kind for run in runs))
-    rates = {arm: _rate(_of(runs, arm)) for arm in (plain, *drafting)}
+    rates = {arm: _median_rate(_of(runs, arm)) for arm in (plain, *drafting)}
     assisted = max(drafting, key=lambda arm: rates[arm])
     best = max(rates, key=lambda arm: rates[arm])
     arms = plain, assisted, best
@@ -139,6 +139,7 @@ def _arm_figures(runs: Sequence[Run], plain: str, arm: str) -> dict[str, Any]:
     n_drafted = sum(result.stats.n_drafted for result in results)
     return {
         "tok_s": _rate(results),
+        "median_tok_s": _median_rate(results),
         "tok_s_with_prompt": _rate_with_prompt(results),
         "speedup": ratio,
         "speedup_spread": spread,
@@ -152,7 +153,9 @@ def _peer_figures(runs: Sequence[Run], plain: str, assisted: str, best: str) -> 
     assisted_ratio, assisted_spread = _ratio(runs, plain, assisted)
     figures = {
         "plain_tok_s": _rate(_of(runs, plain)),
+        "plain_median_tok_s": _median_rate(_of(runs, plain)),
         "assisted_tok_s": _rate(_of(runs, assisted)),
+        "assisted_median_tok_s": _median_rate(_of(runs, assisted)),
         "assisted_speedup": assisted_ratio,
         "assisted_speedup_spread": assisted_spread,
         "assisted_equals_its_plain": _n_equal(runs, plain, assisted),
@@ -215,6 +218,10 @@ def _rate(results: Sequence[Measurement]) -> float:
     """Tokens per second of decoding, all runs together."""
     n_tokens = sum(len(result.tokens) - 1 for result in results)
     return _share(n_tokens, sum(result.decode_s for result in results))
+
+
+def _median_rate(results: Sequence[Measurement]) -> float:
+    return median(result.decode_tok_s for result in results)
 
 
 def _rate_with_prompt(results: Sequence[Measurement]) -> float:

@@ -8,12 +8,10 @@ than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape
 
 import random
 import sys
-from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,39 +19,40 @@ import torch
 from torch import Tensor
 
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
+from outdraft.bench.made_up import (
+    FILL_ROWS,
+    SEQUENCE,
+    NoText,
+    as_target,
+    fill_context,
+    made_up_ops,
+)
 from outdraft.bench.shapes import Shape
 from outdraft.bench.stopwatch import Stopwatch, clock
 from outdraft.bench.synthetic import (
     CountingOps,
-    SyntheticOps,
-    repeat_into,
     synthetic_assistant,
     synthetic_target,
 )
 from outdraft.bench.touched import keys_touched, weights_touched
 from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
+from outdraft.device import CPU, free_bytes
 from outdraft.engine.graphs import Pass
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.runner import Runner
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
 from outdraft.models.gemma4 import Gemma4, memory_layers
-from outdraft.models.gemma4_config import Gemma4Config
-from outdraft.models.registry import GEMMA4, Target
-from outdraft.ops.base import PAGE_SLOTS
 from outdraft.ops.packed import Format
 from outdraft.request import Request, SamplingParams
 from outdraft.speculate.drafter import SequenceView, TargetView
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
-from outdraft.text.stream import IncrementalDetokenizer, StopStrings
-from outdraft.weights.load import LoadReport
+from outdraft.text.stream import StopStrings
 
 MAX_ROWS = 8
-FILL_ROWS = 4 * PAGE_SLOTS
 READ_BYTES = 1 << 30
 SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
-SEQUENCE = "synthetic"
 FIRST_TOKEN = 2
 
 
@@ -66,11 +65,18 @@ class Settings:
     n_tokens: int = 16
     rounds: int = 5
     draft_steps: int = 4
+    device: torch.device = CPU
 
     @property
     def draft_format(self) -> Format:
         """As the engine stores drafters: with at least 8 bits."""
         return "w8" if self.quant == "w4" else self.quant
+
+    def peak_bytes(self) -> int:
+        """The most memory that was held on the device."""
+        if self.device.type == "cpu":
+            return peak_bytes()
+        return torch.cuda.max_memory_allocated(self.device)
 
     @property
     def n_positions(self) -> int:
@@ -87,7 +93,7 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     Raises:
         OutdraftError: the model does not fit into memory.
     """
-    base = peak_bytes()
+    base = settings.peak_bytes()
     rig = Rig.build(shape, settings)
     plain = rig.decode(settings.n_tokens)
     rows, read_gb_s = rig.time_rows(settings.rounds)
@@ -99,6 +105,7 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     return {
         "synthetic": "weights are made up, and so is the acceptance; only costs are measured",
         "shape": shape.name,
+        "computes": rig.ops.describe(),
         "quant": settings.quant,
         "context": settings.context,
         "plain_tok_s": 1 / plain.seconds,
@@ -112,7 +119,7 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
         "packed_bytes": rig.packed_bytes,
         "kv_bytes": rig.memory.n_bytes,
         "base_bytes": base,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": settings.peak_bytes(),
         "cost_by_rows": rows,
         "draft_step_us": draft_s * 1e6,
         "draft_step_cost": draft_s / plain.seconds,
@@ -165,7 +172,7 @@ class Rig:
     """A target, its assistant and one sequence with its context filled."""
 
     model: Gemma4
-    ops: SyntheticOps
+    ops: Any
     memory: Memory
     runner: Runner
     drafter: Gemma4AssistantDrafter
@@ -186,9 +193,11 @@ class Rig:
             max_tokens=n_positions,
             max_rows=FILL_ROWS,
             dtype=torch.bfloat16,
+            device=settings.device,
         )
-        check_fits(shape.name, needed + memory.n_bytes)
-        ops, draft_ops = SyntheticOps(settings.quant), SyntheticOps(settings.draft_format)
+        check_fits(shape.name, needed + memory.n_bytes, settings.device)
+        ops = made_up_ops(settings.device, settings.quant)
+        draft_ops = made_up_ops(settings.device, settings.draft_format)
         model = synthetic_target(config, ops, n_positions)
         assert isinstance(model, Gemma4)
         assistant = synthetic_assistant(shape.assistant, draft_ops, n_positions)
@@ -253,11 +262,11 @@ class Rig:
         n_bytes = {n: self._record(tokens) for n, tokens in rows.items()}
         parts = self._large_parts()
         spent: dict[int, list[float]] = {n: [] for n in rows}
-        reads = [read_seconds(parts)]
+        reads = [self._read(parts)]
         for _ in range(rounds):
             for n, tokens in rows.items():
                 spent[n].append(clock(self.run, tokens))
-            reads.append(read_seconds(parts))
+            reads.append(self._read(parts))
         one = median(spent[1])
         table = [
             {
@@ -270,7 +279,7 @@ class Rig:
             }
             for n, times in spent.items()
         ]
-        return table, sum(part.numel() for part in parts) / median(reads[1:]) / 1e9
+        return table, 1 / median(reads[1:]) / 1e9
 
     @torch.inference_mode()
     def time_draft_step(self, k: int, rounds: int) -> float:
@@ -286,7 +295,12 @@ class Rig:
 
     @torch.inference_mode()
     def time_parts(self, rounds: int) -> dict[str, float]:
-        """Microseconds of a pass of one row by part, call by call instead of recorded."""
+        """Microseconds of a pass of one row by part, call by call instead of recorded.
+
+        Nothing on a GPU, where a call is only asked for when it returns.
+        """
+        if self.memory.device.type != "cpu":
+            return {}
         self.memory.reserve(SEQUENCE, 1)
         found: list[dict[str, float]] = []
         for _ in range(rounds + 1):
@@ -301,8 +315,17 @@ class Rig:
             found.append({**watch.by_part(), "head": head})
         return {part: median(one[part] for one in found[1:]) * 1e6 for part in found[0]}
 
+    def _read(self, parts: list[Tensor]) -> float:
+        """Seconds that a pure read takes a byte."""
+        if self.memory.device.type == "cpu":
+            return read_seconds(parts) / sum(part.numel() for part in parts)
+        from outdraft.bench.cuda_synthetic import read_seconds_a_byte
+
+        return read_seconds_a_byte(self.memory.device)
+
     def _score(self, hidden_TH: Tensor) -> Tensor:
-        return self.ops.argmax(self.model.logits(hidden_TH))
+        best_T: Tensor = self.ops.argmax(self.model.logits(hidden_TH))
+        return best_T
 
     def _record(self, tokens: list[int]) -> int:
         """Run a number of rows for the first time; bytes of weights and keys that it touches."""
@@ -317,32 +340,12 @@ class Rig:
     def _large_parts(self) -> list[Tensor]:
         """The largest weights, about a gigabyte: more than any cache where the model is."""
         parts: list[Tensor] = []
+        if self.memory.device.type != "cpu":
+            return parts
         for weight in sorted(self.ops.weights, key=lambda w: w.n_bytes, reverse=True):
             if sum(part.numel() for part in parts) < READ_BYTES:
                 parts.append(weight.data[:READ_BYTES])
         return parts
-
-
-class NoText(IncrementalDetokenizer):
-    """Made-up tokens have no text."""
-
-    def __init__(self) -> None:
-        """Without a tokenizer."""
-
-    def push(self, token_id: int) -> str:
-        """Nothing."""
-        return ""
-
-    def flush(self) -> str:
-        """Nothing."""
-        return ""
-
-
-def as_target(config: Gemma4Config, model: Gemma4, ops: SyntheticOps, n_positions: int) -> Target:
-    """A target that was loaded from nowhere."""
-    nothing = LoadReport(0, 0, Counter(), ())
-    where = Path(SEQUENCE)
-    return Target(where, GEMMA4, config, model, nothing, torch.bfloat16, ops, n_positions)
 
 
 def weight_bytes(shape: Shape, settings: Settings) -> int:
@@ -353,30 +356,15 @@ def weight_bytes(shape: Shape, settings: Settings) -> int:
     return ops.n_bytes + draft_ops.n_bytes
 
 
-def check_fits(name: str, n_bytes: int) -> None:
+def check_fits(name: str, n_bytes: int, device: torch.device = CPU) -> None:
     """Refuse what would not fit.
 
     Raises:
         OutdraftError: saying what is needed and what there is.
     """
-    free = available_bytes()
+    free = available_bytes() if device.type == "cpu" else free_bytes(device)[0]
     if free is not None and n_bytes + SPARE_BYTES > free:
         raise OutdraftError(
             f"{name} needs {(n_bytes + SPARE_BYTES) / 1e9:.1f} GB and {free / 1e9:.1f} are free",
             "use fewer bits (--quant w4), a smaller shape, or a shorter --context",
         )
-
-
-def fill_context(memory: Memory, n_tokens: int) -> None:
-    """A sequence of n positions with random keys and values."""
-    memory.open(SEQUENCE)
-    for start in range(0, n_tokens, FILL_ROWS):
-        n_rows = min(FILL_ROWS, n_tokens - start)
-        memory.reserve(SEQUENCE, n_rows)
-        memory.advance(SEQUENCE, n_rows)
-        memory.trim(SEQUENCE)
-    for group in memory.groups.values():
-        for store in group.layers.values():
-            pattern = torch.randn(PAGE_SLOTS * store.k_PGSD.shape[3]).to(store.k_PGSD.dtype)
-            repeat_into(store.k_PGSD.view(-1), pattern)
-            repeat_into(store.v_PGSD.view(-1), pattern)

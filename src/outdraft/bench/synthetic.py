@@ -22,7 +22,7 @@ from outdraft.models.gemma4_config import AssistantConfig
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
-from outdraft.ops.base import Role
+from outdraft.ops.base import Ops, Role
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
@@ -56,11 +56,13 @@ class SyntheticOps(CpuOps):
     Attributes:
         weights: everything that was packed.
         programs: everything that was recorded.
+        patterns: what weights of a format and a number of inputs are copies of.
         routed: the expert ids [T, A] of every routing that was recorded or run, in order.
     """
 
     weights: list[PackedLinear] = field(default_factory=list)
     programs: list[TimedProgram] = field(default_factory=list)
+    patterns: dict[tuple[Format, int], PackedLinear] = field(default_factory=dict)
     routed: list[Tensor] = field(default_factory=list)
 
     def begin(self, program: Replayable | None) -> Program:
@@ -72,7 +74,11 @@ class SyntheticOps(CpuOps):
 
     def pack(self, weight: Any, role: Role = "linear") -> PackedLinear:
         """A weight of this shape."""
-        packed = synthetic_weight(self.stored_as(role), *_dimensions(weight.shape))
+        n_blocks, n, k = _dimensions(weight.shape)
+        key = self.stored_as(role), k
+        if key not in self.patterns:  # kept: their memory lies among that of the weights
+            self.patterns[key] = pattern_of(*key)
+        packed = synthetic_weight(key[0], n_blocks, n, k, self.patterns[key])
         self.weights.append(packed)
         return packed
 
@@ -109,11 +115,16 @@ def packed_bytes(format: Format, n_blocks: int, n: int, k: int) -> int:
     return sum(part_bytes(format, n, k, group=GROUP, n_blocks=n_blocks))
 
 
-def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLinear:
-    """A packed weight [N, K], or E of them, that makes unit-size outputs of unit-size inputs."""
+def synthetic_weight(
+    format: Format, n_blocks: int, n: int, k: int, pattern: PackedLinear | None = None
+) -> PackedLinear:
+    """A packed weight [N, K], or E of them, filled with copies of a pattern's panels.
+
+    Args:
+        pattern: from `pattern_of` with the same format and inputs; None makes one.
+    """
+    pattern = pattern or pattern_of(format, k)
     packed = PackedLinear.empty(format, n, k, group=GROUP, n_blocks=n_blocks)
-    rows_NK = torch.randn(DISTINCT_ROWS, k) * k**-0.5
-    pattern = PackedLinear.pack(rows_NK, format, group=GROUP)
     for whole, part in (
         (packed.data, pattern.data),
         (packed.scales, pattern.scales),
@@ -121,6 +132,11 @@ def synthetic_weight(format: Format, n_blocks: int, n: int, k: int) -> PackedLin
     ):
         repeat_into(whole, part)
     return packed
+
+
+def pattern_of(format: Format, k: int) -> PackedLinear:
+    """A few packed rows that make unit-size outputs of unit-size inputs."""
+    return PackedLinear.pack(torch.randn(DISTINCT_ROWS, k) * k**-0.5, format, group=GROUP)
 
 
 def repeat_into(whole: Tensor, part: Tensor) -> None:
@@ -131,19 +147,22 @@ def repeat_into(whole: Tensor, part: Tensor) -> None:
 
 
 def synthetic_target(
-    config: TargetConfig, ops: CpuOps, n_positions: int, family: Family = GEMMA4
+    config: TargetConfig, ops: Ops, n_positions: int, family: Family = GEMMA4
 ) -> TargetModel:
     """A target whose weights `ops` makes up (or only counts)."""
-    return family.build(config, placeholders(family.expected_tensors(config)), ops, n_positions)
+    weights = placeholders(family.expected_tensors(config), ops.device)
+    return family.build(config, weights, ops, n_positions)
 
 
-def synthetic_assistant(config: AssistantConfig, ops: CpuOps, n_positions: int) -> Gemma4Assistant:
+def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> Gemma4Assistant:
     """An assistant whose weights `ops` makes up (or only counts)."""
-    weights = placeholders(gemma4_assistant.expected_tensors(config))
+    weights = placeholders(gemma4_assistant.expected_tensors(config), ops.device)
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
-def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor | StoredWeight]:
+def placeholders(
+    expected: Mapping[str, ExpectedTensor], device: torch.device | None = None
+) -> dict[str, Tensor | StoredWeight]:
     """Matrices that are nothing but a shape; norms of ones, and tokens in their own order.
 
     No tensors of PyTorch's `meta` device: making one loads 150 MB of code.
@@ -151,9 +170,9 @@ def placeholders(expected: Mapping[str, ExpectedTensor]) -> dict[str, Tensor | S
     made: dict[str, Tensor | StoredWeight] = {}
     for name, tensor in expected.items():
         if tensor.dtype is not None:
-            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype)
+            made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
-            made[name] = torch.ones(tensor.shape)
+            made[name] = torch.ones(tensor.shape, device=device)
         else:
             made[name] = nothing_but_shape(tensor.shape)
     return made

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
 from outdraft.cache.tables import Ints
-from outdraft.ops.base import PAGE_SLOTS, AttentionRows, Heads, KvPages, Ops, PageSlots
+from outdraft.ops.base import (
+    PAGE_SLOTS,
+    AttentionRows,
+    DeltaNet,
+    Heads,
+    KvPages,
+    Ops,
+    PageSlots,
+    StateRows,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,7 @@ class CausalAttend:
     ops: Ops
     slots: Mapping[str, PageSlots]
     rows: Mapping[str, AttentionRows]
+    states: StateRows | None = None
 
     def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Rows beyond the spans (padding) are not stored and get zeros."""
@@ -38,6 +48,16 @@ class CausalAttend:
             write_rows(self.ops, k, store.k_PGSD, store.k_scales_PGS, slots)
             write_rows(self.ops, v, store.v_PGSD, store.v_scales_PGS, slots)
         return pad_back(self.ops.attention(q_THD[:n_rows], store, rows, 1.0), q_THD.shape[0])
+
+    def recur(self, layer: int, x_TC: Tensor, a_TH: Tensor, b_TH: Tensor, net: DeltaNet) -> Tensor:
+        """See `Attend`. Rows beyond the spans (padding) are zeros."""
+        assert self.states is not None and self.memory.recurrent is not None
+        store, n = self.memory.recurrent.layers[layer], self.states.sequence_T.shape[0]
+        qkv_TC = self.ops.short_conv(x_TC[:n], net.conv_WC, store.inputs_SWC, self.states)
+        out_THV = self.ops.delta_rule(
+            qkv_TC, a_TH[:n], b_TH[:n], net.gates, store.state_SHKV, self.states, net.n_k_heads
+        )
+        return pad_back(out_THV, x_TC.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +75,20 @@ class CausalCall:
 
     @classmethod
     def of(cls, memory: Memory, ops: Ops, numbers: Tensor) -> "CausalCall":
-        """Over what `causal_numbers` made."""
-        own, tables = memory.tables.views(numbers, 4 + 2 * len(memory.groups))
-        token_T, position_T, sequence_T, slot_T, *parts = own
+        """Over what `causal_numbers` made, on the memory's device."""
+        numbers = numbers.to(memory.device)
+        n_own = 4 if memory.recurrent is None else 6
+        own, tables = memory.tables.views(numbers, n_own + 2 * len(memory.groups))
+        token_T, position_T, sequence_T, slot_T = own[:4]
+        parts = own[n_own:]
+        states = None if n_own == 4 else StateRows(sequence_T, own[4], own[5])
         slots, rows = {}, {}
         for i, group in enumerate(memory.groups):
             page_T, lo_T = parts[2 * i : 2 * i + 2]
             slots[group] = PageSlots(page_T, slot_T)
             rows[group] = AttentionRows.of([*tables[group], sequence_T, lo_T, position_T])
-        return cls(numbers, token_T, position_T, CausalAttend(memory, ops, slots, rows))
+        attend = CausalAttend(memory, ops, slots, rows, states)
+        return cls(numbers, token_T, position_T, attend)
 
     @classmethod
     def prepare(
@@ -79,16 +104,23 @@ def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int])
     A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence.
     """
     own = memory.tables.slots([span.sequence for span in spans])
-    rows = np.empty((4 + 2 * len(memory.groups), len(tokens)), np.int32)
+    n_own = 4 if memory.recurrent is None else 6
+    rows = np.empty((n_own + 2 * len(memory.groups), len(tokens)), np.int32)
     token_T, position_T, sequence_T, slot_T = rows[:4]
+    if memory.recurrent is not None:
+        at = 0
+        for slot, span in zip(own, spans, strict=True):
+            length, end = memory.lengths[span.sequence], at + span.n_rows
+            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, slot, length, span.n_rows)
+            at = end
     token_T[:] = tokens
     position_T[:] = [p for span in spans for p in memory.positions(span)]
     sequence_T[:] = [s for s, span in zip(own, spans, strict=True) for _ in range(span.n_rows)]
     np.remainder(position_T, PAGE_SLOTS, out=slot_T)
     page_T = position_T // PAGE_SLOTS
     for i, (name, group) in enumerate(memory.groups.items()):
-        rows[4 + 2 * i] = memory.tables.pages(name, sequence_T, page_T)
-        rows[5 + 2 * i] = first_visible(position_T, group.window)
+        rows[n_own + 2 * i] = memory.tables.pages(name, sequence_T, page_T)
+        rows[n_own + 1 + 2 * i] = first_visible(position_T, group.window)
     return memory.tables.behind(rows)
 
 

@@ -9,10 +9,19 @@ from outdraft.ops.base import PAGE_SLOTS, KvPages
 from outdraft.ops.memory import zeros
 
 
-def empty_pages(n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KvPages:
+def empty_pages(
+    n_pages: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> KvPages:
     """Pages of zeros; int8 ones with scales, fp32 [P, G, S]."""
     shape = (n_pages, n_kv_heads, PAGE_SLOTS, head_dim)
-    k, v = zeros(shape, dtype), zeros(shape, dtype)
+    if device is None or device.type == "cpu":
+        k, v = zeros(shape, dtype), zeros(shape, dtype)
+    else:
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
         return KvPages(k, v)
     return KvPages(k, v, zeros(shape[:3], torch.float32), zeros(shape[:3], torch.float32))
@@ -24,7 +33,7 @@ def clear_pages(store: KvPages, pages: list[int]) -> None:
     The weight of an unseen key is an exact zero, and zero times an infinity that another request
     left behind would not be.
     """
-    index = torch.tensor(pages)
+    index = torch.tensor(pages, device=store.k_PGSD.device)
     for part in (store.k_PGSD, store.v_PGSD, store.k_scales_PGS, store.v_scales_PGS):
         if part is not None:
             part[index] = 0

@@ -1,4 +1,4 @@
-"""The memory of one model for many sequences: keys and values of all its layers.
+"""The memory of one model for many sequences: keys, values and recurrent states of its layers.
 
 A sequence's rows are written at its positions, then counted by `advance` and taken back by
 `rollback`; what lies above the length is never seen and is overwritten. Layers of one kind share a
@@ -15,6 +15,7 @@ import torch
 from outdraft.cache.books import GroupBooks, PageBooks
 from outdraft.cache.kv import clear_pages, empty_pages, n_bytes
 from outdraft.cache.pages import PagePool
+from outdraft.cache.recurrent import RecurrentLayer, RecurrentMemory
 from outdraft.cache.tables import PageTables
 from outdraft.ops.base import PAGE_SLOTS, KvPages
 
@@ -32,6 +33,9 @@ class KVLayer:
     head_dim: int
     window: int | None
     source: int
+
+
+LayerMemory = KVLayer | RecurrentLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,16 @@ class Memory:
 
     def __init__(
         self,
-        layers: Sequence[KVLayer],
+        layers: Sequence[LayerMemory],
         *,
         max_sequences: int,
         max_tokens: int,
         max_rows: int,
         dtype: torch.dtype,
+        device: torch.device | None = None,
         pool_tokens: int | None = None,
         prefix_cache: bool = False,
+        n_draft_max: int = 0,
     ) -> None:
         """Allocate all pages at once.
 
@@ -75,42 +81,47 @@ class Memory:
             max_tokens: longest sequence, rows of a step included.
             max_rows: most rows one sequence brings in one step.
             dtype: of keys and values.
+            device: where they are; None is the CPU.
             pool_tokens: positions of full attention that all sequences share; at least one
                 sequence always fits. None plans for the worst case of all sequences at once.
-            prefix_cache: keep verified pages for later sequences that begin alike.
+            prefix_cache: keep verified pages for later sequences that begin alike. Not with
+                recurrent layers: their states belong to one length only.
+            n_draft_max: most rows of a step that `rollback` takes back.
         """
-        self.layers = list(layers)
-        n_full = -(-max_tokens // PAGE_SLOTS) + 1
-        n_shared = n_full * max_sequences
-        if pool_tokens is not None:
-            n_shared = max(n_full, -(-pool_tokens // PAGE_SLOTS))
-        books = {}
-        for layer in self.layers:
-            if layer.group in books:
-                continue
-            n_pages, n_pool = n_full, n_shared
-            if layer.window is not None:
-                reach = min(max_tokens, layer.window + max_rows + PAGE_SLOTS)
-                n_pages = -(-reach // PAGE_SLOTS) + 1
-                n_cached = n_shared // 4 if prefix_cache else 0
-                n_pool = max(n_pages, min(n_shared, n_pages * max_sequences + n_cached))
-            books[layer.group] = GroupBooks(layer.window, n_pages, PagePool(n_pool))
+        self.layers = kv_layers(layers)
+        recurrent = {i: x for i, x in enumerate(layers) if isinstance(x, RecurrentLayer)}
+        self.recurrent: RecurrentMemory | None = None
+        if recurrent:
+            prefix_cache = False
+            self.recurrent = RecurrentMemory(
+                recurrent, max_sequences=max_sequences, n_states=n_draft_max + 2, device=device
+            )
+        self.device = device or torch.device("cpu")
+        pages = plan_pages(
+            layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
+        )
+        windows = {layer.group: layer.window for layer in self.layers.values()}
+        books = {
+            group: GroupBooks(windows[group], n_pages, PagePool(n_pool))
+            for group, (n_pages, n_pool) in pages.items()
+        }
         self.books = PageBooks(books, PAGE_SLOTS, prefix_cache=prefix_cache)
         self.tables = PageTables(self.books, max_sequences)
         self.lengths = self.books.lengths
         self.groups = {name: _Group(group) for name, group in books.items()}
-        for index, layer in enumerate(self.layers):
+        for index, layer in self.layers.items():
             group = self.groups[layer.group]
             if layer.source == index:
                 group.layers[index] = empty_pages(
-                    group.pool.n_pages, layer.n_kv_heads, layer.head_dim, dtype
+                    group.pool.n_pages, layer.n_kv_heads, layer.head_dim, dtype, device
                 )
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all pages."""
+        """Bytes of all pages and states."""
         stores = [store for group in self.groups.values() for store in group.layers.values()]
-        return sum(n_bytes(store) for store in stores)
+        states = 0 if self.recurrent is None else self.recurrent.n_bytes
+        return states + sum(n_bytes(store) for store in stores)
 
     def bytes_per_token(self, group: str) -> int:
         """Bytes that one more position costs in the layers of a group."""
@@ -120,11 +131,15 @@ class Memory:
 
     def open(self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0) -> int:
         """A sequence begins; how many of its first `most` tokens are in memory already."""
+        if self.recurrent is not None:
+            self.recurrent.open(sequence)
         return self.books.open(sequence, tokens, salt, most)
 
     def close(self, sequence: str) -> None:
         """A sequence is forgotten."""
         self.books.close(sequence)
+        if self.recurrent is not None:
+            self.recurrent.close(sequence)
 
     def reserve(self, sequence: str, n_rows: int) -> None:
         """Make room for n rows behind the length. New pages are zeros.
@@ -139,11 +154,15 @@ class Memory:
 
     def advance(self, sequence: str, n_rows: int) -> None:
         """n rows were written behind the length."""
+        if self.recurrent is not None:
+            self.recurrent.advance(sequence, self.lengths[sequence], n_rows)
         self.books.advance(sequence, n_rows)
 
     def rollback(self, sequence: str, n_rows: int) -> None:
         """Forget the last n rows. They are not erased: the next rows overwrite them."""
         self.books.rollback(sequence, n_rows)
+        if self.recurrent is not None:
+            self.recurrent.rollback(sequence, self.lengths[sequence])
 
     def share(self, sequence: str, tokens: Sequence[int]) -> None:
         """Let later sequences use pages whose rows are all verified. Between rollback and trim."""
@@ -157,3 +176,61 @@ class Memory:
         """Where the next rows of a sequence stand."""
         length = self.lengths[span.sequence]
         return range(length, length + span.n_rows)
+
+
+def kv_layers(layers: Sequence[LayerMemory]) -> dict[int, KVLayer]:
+    """Those that keep keys and values, by index."""
+    return {i: layer for i, layer in enumerate(layers) if isinstance(layer, KVLayer)}
+
+
+def plan_pages(
+    layers: Sequence[LayerMemory],
+    max_sequences: int,
+    max_tokens: int,
+    max_rows: int,
+    pool_tokens: int | None,
+    *,
+    prefix_cache: bool,
+) -> dict[str, tuple[int, int]]:
+    """By group: most pages of one sequence, and pages in all. Arguments as `Memory`'s."""
+    n_full = -(-max_tokens // PAGE_SLOTS) + 1
+    n_shared = n_full * max_sequences
+    if pool_tokens is not None:
+        n_shared = max(n_full, -(-pool_tokens // PAGE_SLOTS))
+    found: dict[str, tuple[int, int]] = {}
+    for layer in kv_layers(layers).values():
+        if layer.group in found:
+            continue
+        n_pages, n_pool = n_full, n_shared
+        if layer.window is not None:
+            reach = min(max_tokens, layer.window + max_rows + PAGE_SLOTS)
+            n_pages = -(-reach // PAGE_SLOTS) + 1
+            n_cached = n_shared // 4 if prefix_cache else 0
+            n_pool = max(n_pages, min(n_shared, n_pages * max_sequences + n_cached))
+        found[layer.group] = n_pages, n_pool
+    return found
+
+
+def memory_bytes(
+    layers: Sequence[LayerMemory],
+    *,
+    max_sequences: int,
+    max_tokens: int,
+    max_rows: int,
+    dtype: torch.dtype,
+    pool_tokens: int | None = None,
+    prefix_cache: bool = False,
+    n_draft_max: int = 0,
+) -> int:
+    """`Memory.n_bytes` of a memory that does not exist yet. Arguments as `Memory`'s."""
+    pages = plan_pages(
+        layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
+    )
+    states = max_sequences * (n_draft_max + 2)
+    total = states * sum(x.n_bytes for x in layers if isinstance(x, RecurrentLayer))
+    for index, layer in kv_layers(layers).items():
+        if layer.source == index:
+            n_rows = pages[layer.group][1] * layer.n_kv_heads * PAGE_SLOTS
+            scale_bytes = 4 if dtype == torch.int8 else 0
+            total += 2 * n_rows * (layer.head_dim * dtype.itemsize + scale_bytes)
+    return total

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,14 @@ class PeerName(StrEnum):
     LLAMA_CPP = "llama.cpp"
 
 
+Peers = Annotated[
+    list[PeerName] | None,
+    typer.Option(help="Also run another engine on the same weights; may be repeated."),
+]
+LlamaServer = Annotated[
+    Path | None, typer.Option(help="llama.cpp's llama-server, where it is not found.")
+]
+
 app = typer.Typer(add_completion=False)
 
 
@@ -44,16 +53,12 @@ def bench(
     prompt_dir: Annotated[
         Path | None, typer.Option(help="Cut prompts from the Python texts (*.txt, *.py) in here.")
     ] = None,
-    peer: Annotated[
-        list[PeerName] | None,
-        typer.Option(help="Also run another engine on the same weights; may be repeated."),
-    ] = None,
-    llama_server: Annotated[
-        Path | None, typer.Option(help="llama.cpp's llama-server, where it is not found.")
-    ] = None,
+    peer: Peers = None,
+    llama_server: LlamaServer = None,
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
@@ -68,18 +73,13 @@ def bench(
     Greedy and sampled, interleaved on one engine, on held-out code, JSON, prose and repetition.
     Two words are no model: `bench kernels` times single kernels, `bench shape` a published shape.
     """
-    config = options.engine_config(ctx.params, max_sequences=1)
     greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
-    sampled = SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed
-    )
+    sampled = replace(greedy, temperature=temperature)
     if sampled.greedy:
-        raise OutdraftError(
-            "temperature is 0", "greedy decoding is measured anyway; give one above 0"
-        )
+        raise OutdraftError("temperature is 0", "greedy is measured anyway; give one above 0")
     from outdraft.cli.streaming import load
 
-    llm = load(model, config)
+    llm = load(model, options.engine_config(ctx.params, max_sequences=1))
     chosen = find_prompts(llm, prompt_dir, prompts, seed)
     with ExitStack() as stack:
         peers = start_peers(llm, dict.fromkeys(peer or ()), llama_server, stack)
@@ -282,7 +282,7 @@ def peer_table(peer: dict[str, Any]) -> Any:
     """A rich table of a peer's figures, and ours over its: its best mode may be its plain one."""
     kinds = peer["kinds"] | {"all": peer["overall"]}
     made = new_table(
-        f"{peer['name']} {peer['version']}, greedy: tokens per second,\n"
+        f"{peer['name']} {peer['version']}, greedy: tokens per second (medians),\n"
         f"{peer['assisted']} answers equal to its plain ones, our speed over its;\n"
         f"its best over all prompts: {peer['best']}",
         ["plain", "assisted", "equal", "ours plain", "drafting", "/ its best"],
@@ -290,8 +290,8 @@ def peer_table(peer: dict[str, Any]) -> Any:
     for kind, figures in kinds.items():
         made.add_row(
             kind,
-            f"{figures['plain_tok_s']:.1f}",
-            f"{figures['assisted_tok_s']:.1f}",
+            f"{figures['plain_median_tok_s']:.1f}",
+            f"{figures['assisted_median_tok_s']:.1f}",
             figures["assisted_equals_its_plain"],
             f"{figures['ours_over_its_plain']:.2f}",
             f"{figures['ours_drafting_over_its_assisted']:.2f}",

@@ -38,6 +38,7 @@ def bench_shape(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write a report here, and a chart beside it.")
     ] = None,
+    device: options.Card = "cpu",
     threads: options.Threads = None,
 ) -> None:
     """Measure what a model of a published shape costs here, with made-up weights.
@@ -48,11 +49,17 @@ def bench_shape(
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.shape import Settings, measure_shape
     from outdraft.bench.shapes import find_shape
+    from outdraft.device import find_device
     from outdraft.ops.threads import set_threads
 
-    set_threads(threads, compiled=True)
+    where = find_device(device)
+    set_threads(threads, compiled=where.type == "cpu")
     settings = Settings(
-        quant="w4" if quant == "auto" else quant, context=context, n_tokens=tokens, rounds=rounds
+        quant="w4" if quant == "auto" else quant,
+        context=context,
+        n_tokens=tokens,
+        rounds=rounds,
+        device=where,
     )
     report = measure_shape(find_shape(name), settings, acceptance)
     report |= {"machine": describe_machine(), **describe_version()}
@@ -87,7 +94,7 @@ def show(report: dict[str, Any]) -> None:
     console = results()
     machine = report["machine"]
     console.print(f"\n{report['shape']} at {report['quant']}, context {report['context']}")
-    console.print(f"{machine['cpu']}, threads: {machine['threads']}")
+    console.print(f"{report['computes']}; {machine['cpu']}, threads: {machine['threads']}")
     console.print(f"SYNTHETIC: {report['synthetic']}.\n")
     console.print(
         f"Plain decoding: {report['plain_tok_s']:.2f} tokens/s, "
@@ -105,10 +112,16 @@ def show(report: dict[str, Any]) -> None:
         f"\nA draft step takes {report['draft_step_us'] / 1e3:.2f} ms, "
         f"{report['draft_step_cost']:.3f} of a plain one."
     )
-    parts = ", ".join(f"{part} {us / 1e3:.2f}" for part, us in report["time_by_part_us"].items())
-    console.print(f"Milliseconds of a pass of one row, call by call: {parts}.")
+    if report["time_by_part_us"]:
+        console.print(parts_line(report))
     if report["drafting"]:
         console.print(draft_table(report))
+
+
+def parts_line(report: dict[str, Any]) -> str:
+    """Where the time of a pass goes."""
+    parts = ", ".join(f"{part} {us / 1e3:.2f}" for part, us in report["time_by_part_us"].items())
+    return f"Milliseconds of a pass of one row, call by call: {parts}."
 
 
 def cost_table(report: dict[str, Any]) -> Any:

@@ -25,15 +25,16 @@ DrafterArm = Literal["own", "random", "ngram"]
 app = typer.Typer(add_completion=False)
 
 
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", help="Write a report here, and a chart beside it; - prints the report."),
+]
+
+
 @app.command()
 def bench_throughput(
     model: options.Model,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", help="Write a report here, and a chart beside it; - prints the report."
-        ),
-    ] = None,
+    json_file: JsonFile = None,
     concurrency: Annotated[str, typer.Option(help="Requests in progress.")] = "1,4,16",
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests a run; twice the highest concurrency.")
@@ -52,6 +53,7 @@ def bench_throughput(
     ] = "own",
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
@@ -68,6 +70,7 @@ def bench_throughput(
     config = EngineConfig(
         assistant=assistant,
         draft_n_max=spec_draft_n_max,
+        device=device,
         backend=backend,
         dtype=dtype,
         quant=quant,

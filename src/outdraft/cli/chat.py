@@ -50,6 +50,7 @@ def chat(
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
+    device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from outdraft.bench.synthetic import CountingOps, synthetic_assistant, synthetic_target
-from outdraft.cache.memory import KVLayer
+from outdraft.cache.memory import LayerMemory, kv_layers
+from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.errors import ModelError, OutdraftError
 from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
@@ -73,7 +74,8 @@ class Checkup:
 
     `packed_bytes`: what the kernels' weights take, by `--quant`; `packed_files`: those of them that
     are in the cache. `kv_bytes_per_token`: by group of layers, of `window` positions at most where
-    there is one.
+    there is one. `state_bytes`: of one state of all recurrent layers; a sequence has k + 2 of them
+    with drafts of up to k tokens.
     """
 
     path: Path
@@ -90,6 +92,7 @@ class Checkup:
     packed_files: dict[str, str] = field(default_factory=dict)
     kv_bytes_per_token: dict[str, int] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
+    state_bytes: int = 0
     tokenizer: dict[str, object] = field(default_factory=dict)
     drafter: "Checkup | None" = None
     drafter_reason: str | None = None
@@ -280,8 +283,11 @@ def _check_tensors(
     ]
 
 
-def _count_memory(found: Checkup, layers: Sequence[KVLayer]) -> None:
-    for index, layer in enumerate(layers):
+def _count_memory(found: Checkup, layers: Sequence[LayerMemory]) -> None:
+    for layer in layers:
+        if isinstance(layer, RecurrentLayer):
+            found.state_bytes += layer.n_bytes
+    for index, layer in kv_layers(layers).items():
         if layer.source == index:
             n_bytes = 2 * layer.n_kv_heads * layer.head_dim * KV_BYTES
             before = found.kv_bytes_per_token.get(layer.group, 0)

@@ -109,6 +109,9 @@ def facts(found: "Checkup") -> list[tuple[str, str]]:
         rows += [(f"  kept {format}", path) for format, path in found.packed_files.items()]
     for ignored in found.ignored:
         rows.append(("left out", f"{ignored['count']} tensors: {ignored['reason']}"))
+    if found.state_bytes:
+        each = f"{size(found.state_bytes)}, k + 2 of them a sequence with drafts of up to k"
+        rows.append(("recurrent state", each))
     for group, n_bytes in found.kv_bytes_per_token.items():
         window = f", at most {found.windows[group]} positions" if group in found.windows else ""
         rows.append((f"KV of {group}", f"{size(n_bytes)} a token{window}"))

@@ -26,7 +26,7 @@ VERBS = {
     "bench shape": "Measure what a model of a published shape costs here, with made-up weights.",
     "bench throughput": "Measure many requests at once: plain, fixed draft lengths, and lengths "
     "chosen while running.",
-    "bench serve": "Measure the engine through HTTP against the engine alone.",
+    "bench serve": "Measure tokens per second through `outdraft serve` against the engine alone.",
     "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "serve": "Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outdraft.config import Backend, DType, EngineConfig, KvDType, Quant, SpecType
+from outdraft.config import Backend, Device, DType, EngineConfig, KvDType, Quant, SpecType
 from outdraft.errors import SamplingError
 from outdraft.request import SamplingParams
 
@@ -29,7 +29,7 @@ Spec = Annotated[
     SpecType,
     typer.Option(
         "--spec-type",
-        help="Which drafter: auto, off, gemma4-assistant, draft-model, ngram, or "
+        help="Which drafter: auto, off, gemma4-assistant, draft-model, mtp, ngram, or "
         "ngram+gemma4-assistant.",
     ),
 ]
@@ -52,6 +52,9 @@ DraftSample = Annotated[
         help="At temperature above 0, draw drafts instead of taking the most probable token.",
     ),
 ]
+Card = Annotated[
+    Device, typer.Option("--device", help="cpu, cuda (one GPU, through Triton), or auto.")
+]
 Kernels = Annotated[
     Backend,
     typer.Option("--backend", help="cpu (compiled), reference (PyTorch), or auto."),
@@ -60,7 +63,9 @@ Compute = Annotated[
     DType,
     typer.Option("--dtype", help="Type of the reference: auto, bfloat16, float16 or float32."),
 ]
-Bits = Annotated[Quant, typer.Option("--quant", help="Weights of cpu: auto, bf16, w8 or w4.")]
+Bits = Annotated[
+    Quant, typer.Option("--quant", help="Weights of cpu and cuda: auto, bf16, w8 or w4.")
+]
 KvType = Annotated[KvDType, typer.Option("--kv-dtype", help="Keys and values of cpu.")]
 CtxSize = Annotated[
     int | None, typer.Option(help="Longest sequence in tokens; the model's, at most 8192.")

@@ -7,7 +7,6 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import remark
-from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 
 app = typer.Typer(add_completion=False)
@@ -26,10 +25,35 @@ Keys = Annotated[
 KeyFile = Annotated[
     Path | None, typer.Option("--api-key-file", help="Ask for a key of this file, one a line.")
 ]
+ClientShare = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Of those, how much one client may have.")
+]
+SendSeconds = Annotated[
+    float, typer.Option(min=0.1, help="Cut a client off that has not read for so long.")
+]
+DrainSeconds = Annotated[
+    float, typer.Option(min=0, help="After SIGTERM, let requests go on for so long.")
+]
+Parallel = Annotated[
+    int, typer.Option("--parallel", "-np", min=1, max=4096, help="Requests in a batch.")
+]
+KvTokens = Annotated[
+    int | None, typer.Option(min=1, help="Positions of keys and values for all of them.")
+]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
+]
+ToolFormat = Annotated[
+    str | None, typer.Option(help="How the model calls tools, instead of finding out.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
+]
 
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     model: options.Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8080,
@@ -39,25 +63,13 @@ def serve(
     allowed_host: Hosts = None,
     allowed_origin: Origins = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests taken on at once.")] = 128,
-    client_share: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Of those, how much one client may have.")
-    ] = 0.75,
+    client_share: ClientShare = 0.75,
     max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Largest body.")] = 8,
-    send_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Cut a client off that has not read for so long.")
-    ] = 30.0,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="After SIGTERM, let requests go on for so long.")
-    ] = 20.0,
-    max_sequences: Annotated[
-        int, typer.Option("--parallel", "-np", min=1, max=4096, help="Requests in a batch.")
-    ] = 16,
-    kv_cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Positions of keys and values for all of them.")
-    ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
-    ] = True,
+    send_seconds: SendSeconds = 30.0,
+    drain_seconds: DrainSeconds = 20.0,
+    max_sequences: Parallel = 16,
+    kv_cache_tokens: KvTokens = None,
+    prefix_cache: PrefixCache = True,
     assistant: options.Assistant = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
@@ -69,32 +81,18 @@ def serve(
     kv_dtype: options.KvType = "bf16",
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
-    ] = True,
+    cache: options.Cache = True,
+    cache_dir: options.CacheDir = None,
+    cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
+    tool_format: ToolFormat = None,
+    verbose: Verbose = True,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own."""
     from outdraft.server.limits import Limits
     from outdraft.server.run import ServerConfig
     from outdraft.server.run import serve as run
 
-    engine = EngineConfig(
-        spec_type=spec_type,
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        draft_n=spec_draft_n,
-        sample_drafts=spec_draft_sample,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        ctx_size=ctx_size,
-        max_sequences=max_sequences,
-        max_queue=max_in_flight,
-        kv_cache_tokens=kv_cache_tokens,
-        prefix_cache=prefix_cache,
-        threads=threads,
-    )
+    engine = options.engine_config(ctx.params, max_queue=max_in_flight)
     limits = Limits(
         body_bytes=max_body_mib << 20,
         in_flight=max_in_flight,
@@ -105,6 +103,7 @@ def serve(
         host=host,
         port=port,
         alias=alias,
+        tool_format=tool_format,
         keys=read_keys(api_key, api_key_file),
         allowed_hosts=tuple(allowed_host or ()),
         allowed_origins=tuple(allowed_origin or ()),

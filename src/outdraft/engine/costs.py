@@ -18,6 +18,7 @@ from outdraft.cache.memory import Memory, Span
 from outdraft.engine.graphs import MAX_RECORDED_ROWS, Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.models.registry import Target
+from outdraft.ops.record import Recordable
 from outdraft.request import SamplingParams
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
 from outdraft.speculate.length import LengthController
@@ -26,6 +27,7 @@ SCRATCH = "cost measurement"
 CONTEXT = 256
 BUDGET_S = 0.6
 RECORD_S = 0.3
+GRAPH_BUDGET_S = 6.0  # where a call runs and is captured before it can be replayed
 REPEATS = 2
 SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
 OWN_CONTEXT = 16  # for drafters that have to read it themselves
@@ -49,7 +51,7 @@ def measure_costs(
     n_draft_max: int,
     max_sequences: int,
     *,
-    budget_s: float = BUDGET_S,
+    budget_s: float | None = None,
 ) -> int:
     """Fill the controllers' costs; how many sizes of a pass were measured.
 
@@ -62,6 +64,8 @@ def measure_costs(
         return 0
     try:
         context = _open(bench, opened, 1)
+        if budget_s is None:
+            start, budget_s = _begin(bench, opened, start)
         deadline = start + budget_s
         few, many = _sizes(n_draft_max, max_sequences)
         for n_rows in few + many:
@@ -111,6 +115,15 @@ def _record(
             if time.perf_counter() > deadline:
                 return
             bench.drafter.propose(view, depth)
+
+
+def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
+    """When measuring begins and how long it may take; a GPU's kernels are built before."""
+    ops = bench.target.ops
+    if not (isinstance(ops, Recordable) and ops.warms_up):
+        return start, BUDGET_S
+    _verify(bench, names, 1)
+    return time.perf_counter(), GRAPH_BUDGET_S
 
 
 def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]]:

@@ -34,6 +34,8 @@ class Block:
 
 NO_DRAFTS = Block([])
 PROMPT_ROWS = 32
+BATCHED_SCORES = 2**17
+"""Rows are formed in one call up to so many scores; beyond, memory for all costs more."""
 
 
 def forced_block(sequence: Sequence, n: int) -> Block | None:
@@ -72,7 +74,7 @@ def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int])
     params = sequence.request.params
     if params.greedy and sequence.sampler is None:
         return verify_own(block.tokens, best.__getitem__)
-    rows = _Rows(sequence, block, logits_RV)
+    rows = _Rows(sequence, block, logits_RV.cpu())
     state = sequence.sampler
     if state is not None:
         state.mark()
@@ -125,17 +127,20 @@ class _Rows:
 def _drawn(sequence: Sequence, block: Block, rows: _Rows) -> Verdict:
     """Drafts drawn from q. Rows behind one that p excludes are not formed: they cannot count."""
     n = len(sequence.tokens)
-    p = [rows.probs(0)]
-    for i, token in enumerate(block.tokens):
-        if not p[i][token] > 0:
-            break
-        p.append(rows.probs(i + 1))
-    p += [p[-1]] * (len(block.tokens) + 1 - len(p))
+    if sequence.sampler is None and rows.logits_RV.numel() <= BATCHED_SCORES:
+        p = list(distribution(rows.logits_RV, sequence.request.params))
+    else:
+        p = [rows.probs(0)]
+        for i, token in enumerate(block.tokens):
+            if not p[i][token] > 0:
+                break
+            p.append(rows.probs(i + 1))
+        p += [p[-1]] * (len(block.tokens) + 1 - len(p))
     positions = range(n, n + len(block.tokens) + 1)
     accept_K = [uniform(sequence.seed, at, Purpose.ACCEPT, n) for at in positions[:-1]]
     final_R = [uniform(sequence.seed, at, Purpose.TARGET, n) for at in positions]
     drafts = torch.tensor(block.tokens, dtype=torch.int64)
-    return verify_block(drafts, block.probs_KV, torch.stack(p), accept_K, final_R)
+    return verify_block(drafts, block.probs_KV, p, accept_K, final_R)
 
 
 def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[Logprobs] | None:
@@ -143,6 +148,7 @@ def reported(sequence: Sequence, tokens: list[int], logits_RV: Tensor) -> list[L
     n_top = sequence.request.params.logprobs
     if n_top is None:
         return None
+    logits_RV = logits_RV.cpu()
     return [logprobs(logits_RV[i], token, n_top) for i, token in enumerate(tokens)]
 
 
@@ -162,7 +168,7 @@ def report_prompt(target: Target, sequence: Sequence, rows_H: Tensor) -> None:
         found.append(None)
     for first in range(0, rows_H.shape[0], PROMPT_ROWS):
         chunk_H = rows_H[first : first + PROMPT_ROWS]
-        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple))
+        logits_RV = target.model.logits(pad_rows(chunk_H, target.ops.row_multiple)).cpu()
         for i in range(chunk_H.shape[0]):
             at = sequence.n_computed + first + i + 1
             if at == len(found) and at < len(prompt):  # not those of a prompt computed again

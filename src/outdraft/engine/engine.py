@@ -10,9 +10,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
 from outdraft.engine.costs import Bench, measure_costs
+from outdraft.engine.fit import build_memory
 from outdraft.engine.graphs import TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
@@ -101,17 +101,8 @@ class LLM:
         self.template = ChatTemplate.load(path)
         self.samplers = Samplers(self.tokenizer, self.target.config.vocab_size)
         self.ctx_size = self.target.ctx_size
-        family = self.target.family
-        self.memory = Memory(
-            family.memory_layers(self.target.config),
-            max_sequences=self.config.max_sequences,
-            max_tokens=self.ctx_size,
-            max_rows=max(self.config.prefill_chunk, self.pairing.n_draft_max + 1),
-            dtype=self.target.ops.kv_dtype,
-            pool_tokens=self.config.kv_cache_tokens
-            or min(4, self.config.max_sequences) * self.ctx_size,
-            prefix_cache=self.config.prefix_cache,
-        )
+        max_rows = max(self.config.prefill_chunk, self.pairing.n_draft_max + 1)
+        self.memory = build_memory(self.target, self.config, max_rows, self.pairing.n_draft_max)
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
         self.scheduler = Scheduler(
             books=self.memory.books,
@@ -225,7 +216,9 @@ class LLM:
             seed=secrets.randbits(62) if params.seed is None else params.seed,
             limit=limit,
             end_ids=frozenset(end_ids),
-            detokenizer=IncrementalDetokenizer(self.tokenizer, list(prompt_tokens)),
+            detokenizer=IncrementalDetokenizer(
+                self.tokenizer, list(prompt_tokens), frozenset(params.show_token_ids)
+            ),
             stop_strings=StopStrings(params.stop),
             tokens=list(prompt_tokens),
             sampler=self.samplers.start(params, prompt_tokens, frozenset(end_ids)),

@@ -8,7 +8,7 @@ Shapes: T rows, B sequences, R rows with logits, V vocabulary, H hidden size.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.models.registry import Target
-from outdraft.ops.record import Recordable, Replayable, recording
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
 MAX_RECORDED_ROWS = 64
@@ -26,8 +26,8 @@ MAX_RECORDED_ROWS = 64
 class Pass:
     """What a pass gave: final hidden states of all rows, and scores of the rows that matter.
 
-    `best_R` is int32, the lowest id of the largest fp32 logits, -1 where that is not finite. The
-    tensors of a recorded pass are overwritten by the next one.
+    `best_R` is int32 and on the CPU, the lowest id of the largest fp32 logits, -1 where that is not
+    finite. The tensors of a recorded pass are overwritten by the next one.
     """
 
     hidden_TH: Tensor
@@ -37,11 +37,13 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A recorded pass, all of whose rows have logits; `best_R` before the check for finite ones."""
+    """A recorded pass, all of whose rows have logits; finite or not, `best_T` may be unchecked."""
 
     call: CausalCall
     program: Replayable
-    result: Pass
+    hidden_TH: Tensor
+    logits_TV: Tensor
+    best_T: Tensor
 
 
 class TargetPass:
@@ -72,10 +74,10 @@ class TargetPass:
         )
         if not wanted:
             return Pass(hidden_TH, torch.empty(0, 0), torch.empty(0, dtype=torch.int32))
-        chosen_RH = pad_rows(hidden_TH[torch.tensor(wanted)], multiple)
-        logits_RV = self.model.logits(chosen_RH)[: len(wanted)]
+        index = torch.tensor(wanted, device=hidden_TH.device)
+        logits_RV = self.model.logits(pad_rows(hidden_TH[index], multiple))[: len(wanted)]
         best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
-        return Pass(hidden_TH, logits_RV, best_R)
+        return Pass(hidden_TH, logits_RV, best_R.cpu())
 
     def _replay(self, recorder: Recordable, numbers: Tensor, n_rows: int) -> Pass:
         key = n_rows, numbers.shape[0]
@@ -88,16 +90,24 @@ class TargetPass:
         self.recordings.move_to_end(key)
         recorded.call.numbers.copy_(numbers)
         recorded.program.replay()
-        done = recorded.result
-        return replace(done, best_R=finite_or_none(done.logits_RV, done.best_R))
+        best_T = recorded.best_T
+        if not recorder.records_all:
+            best_T = finite_or_none(recorded.logits_TV, best_T)
+        return Pass(recorded.hidden_TH, recorded.logits_TV, best_T.cpu())
 
     def _record(self, recorder: Recordable, call: CausalCall) -> _Recording:
         """Over the tensors of this call, which later ones are copied into."""
-        with recording(recorder) as program:
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
             hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             logits_TV = self.model.logits(hidden_TH)
             best_T = self.ops.argmax(logits_TV)
-        return _Recording(call, program, Pass(hidden_TH, logits_TV, best_T))
+            if recorder.records_all:
+                best_T = finite_or_none(logits_TV, best_T)
+            return hidden_TH, logits_TV, best_T
+
+        program, results = record(run, recorder)
+        return _Recording(call, program, *results)
 
 
 def finite_or_none(logits_RV: Tensor, best_R: Tensor) -> Tensor:

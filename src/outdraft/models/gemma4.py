@@ -203,6 +203,7 @@ class Gemma4:
                     config.rope[kind].theta,
                     config.rope[kind].partial_rotary_factor,
                 ),
+                ops.device,
             )
             for kind in dict.fromkeys(config.layer_types)
         }
@@ -246,7 +247,7 @@ class Gemma4:
             y = self._feedforward(layer, x, normed)
             after = layer.norms["post_feedforward_layernorm"]
             if ple_TL is not None:
-                x = self.ops.add(self.ops.rms_norm(y, after, eps), x)
+                x, _ = self.ops.add_norm(y, x, after, eps)
                 y = self._per_layer_update(index, layer, x, ple_TL)
                 after = layer.norms["post_per_layer_input_norm"]
             x, normed = self.ops.add_norm(

@@ -4,13 +4,13 @@ Shapes: T rows, H query heads, G key/value heads, D head dimension.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from outdraft.errors import ModelError
-from outdraft.ops.base import Heads, Ops
+from outdraft.ops.base import DeltaNet, Heads, Ops
 
 
 class Attend(Protocol):
@@ -22,6 +22,15 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
         """Store k and v (None: the layer reads another layer's) and attend; [T, H, D]."""
+        ...
+
+
+@runtime_checkable
+class Recurs(Protocol):
+    """What an `Attend` over memory with recurrent layers can do beside."""
+
+    def recur(self, layer: int, x_TC: Tensor, a_TH: Tensor, b_TH: Tensor, net: DeltaNet) -> Tensor:
+        """Convolution and gated delta rule from the layer's states on, fp32 [T, H, V]."""
         ...
 
 
@@ -104,7 +113,9 @@ def inverse_frequencies(head_dim: int, theta: float, partial_rotary_factor: floa
     return torch.cat((1.0 / theta**exponent, still))
 
 
-def rotary_table(n_positions: int, inverse_D2: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    n_positions: int, inverse_D2: Tensor, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin for pairs (i, i + D/2) at positions 0 .. n - 1, each fp32 [n, D/2]."""
     angles = torch.arange(n_positions)[:, None].float() * inverse_D2[None, :]
-    return angles.cos(), angles.sin()
+    return angles.cos().to(device), angles.sin().to(device)

@@ -259,8 +259,9 @@ class Ministral3:
         )
         cos, sin = cos * config.rope.attention_factor, sin * config.rope.attention_factor
         scale_P1 = query_scale(torch.arange(cos.shape[0]), config)[:, None]
-        self.key_table = cos, sin
-        self.query_table = (cos * scale_P1).contiguous(), (sin * scale_P1).contiguous()
+        self.key_table = cos.to(ops.device), sin.to(ops.device)
+        scaled = cos * scale_P1, sin * scale_P1
+        self.query_table = scaled[0].to(ops.device), scaled[1].to(ops.device)
 
     def _layer(self, weights: Mapping[str, Any], prefix: str) -> _Layer:
         def matrix(*names: str) -> Weight:

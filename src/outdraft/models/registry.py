@@ -6,22 +6,25 @@ Adding a family means adding a file beside this one and a line to `TARGETS`. Not
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.cache.memory import KVLayer
+from outdraft.cache.memory import LayerMemory
 from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
+from outdraft.device import find_device, has_dependent_launch
 from outdraft.errors import ModelError
-from outdraft.models import gemma4, gemma4_config, ministral3
+from outdraft.models import gemma4, gemma4_config, ministral3, qwen3_5, qwen3_5_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.ministral3 import Ministral3Config
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
+from outdraft.ops.packed import Format
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.ops.stored import pack_stored
 from outdraft.ops.threads import set_threads
@@ -55,10 +58,12 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], TargetConfig]
     expected_tensors: Callable[[Any], dict[str, ExpectedTensor]]
     ignore_rules: Callable[[Any], list[IgnoreRule]]
-    memory_layers: Callable[[Any], list[KVLayer]]
+    memory_layers: Callable[[Any], Sequence[LayerMemory]]
     build: Callable[[Any, Mapping[str, Any], Ops, int], TargetModel]
     describe: Callable[[Any], dict[str, str | int | float]]
     prefixes: tuple[str, ...]
+    cpu_only: str | None = None
+    """Why it does not run on a GPU, if it does not."""
 
 
 GEMMA4 = Family(
@@ -81,9 +86,21 @@ MINISTRAL3 = Family(
     prefixes=ministral3.PREFIXES,
 )
 
+QWEN35 = Family(
+    read_config=Qwen35Config.from_hf,
+    expected_tensors=qwen3_5.expected_tensors,
+    ignore_rules=qwen3_5.ignore_rules,
+    memory_layers=qwen3_5.memory_layers,
+    build=qwen3_5.Qwen35,
+    prefixes=qwen3_5.PREFIXES,
+    describe=qwen3_5_config.describe,
+    cpu_only="the kernels of its recurrent layers are for CPUs",
+)
+
 TARGETS: dict[str, Family] = {
     **dict.fromkeys(TARGET_TYPES, GEMMA4),
     **dict.fromkeys(ministral3.MODEL_TYPES, MINISTRAL3),
+    **dict.fromkeys(qwen3_5_config.MODEL_TYPES, QWEN35),
 }
 
 
@@ -155,21 +172,57 @@ def choose_ops(
     Raises:
         ModelError: the kernels were asked for and cannot run this.
     """
+    device = card(config)
+    uneven = [dim for dim in model.head_dims if dim & (dim - 1)]
+    if device is not None and uneven:
+        if config.device == "cuda":
+            raise ModelError(f"device cuda has no heads of {uneven[0]}", "use --device cpu")
+        device = None
+    if device is not None:
+        return cuda_ops(config, device, resolve_quant(config, stored_bits, drafter=drafter))
     odd = [dim for dim in model.head_dims if dim % HEAD_DIM_MULTIPLE]
     if config.backend == "cpu" and (config.dtype != "auto" or odd):
         what = f"heads of {odd[0]}" if odd else f"dtype {config.dtype}"
         raise ModelError(f"backend cpu has no {what}", "use --backend reference")
     kernels = config.backend == "auto" and config.dtype == "auto" and not odd
     if config.backend == "cpu" or kernels:
-        quant = config.quant
-        if quant == "auto":
-            quant = "w4" if stored_bits == 4 else "w8" if stored_bits == 8 else "bf16"
-        if drafter and quant == "w4":
-            quant = "w8"
+        quant = resolve_quant(config, stored_bits, drafter=drafter)
         kv_dtype = KV_DTYPES[config.kv_dtype]
         return CpuOps(format=quant, kv_dtype=kv_dtype, candidates=CANDIDATES)
     matrices = [w for w in weights if w.ndim == 2 and w.is_floating_point()]
     return ReferenceOps() if rows_are_independent(matrices) else ReferenceOps(tile=1)
+
+
+def resolve_quant(config: EngineConfig, stored_bits: int, *, drafter: bool) -> Format:
+    """How weights are stored; see `choose_ops`."""
+    quant = config.quant
+    if quant == "auto":
+        quant = "w4" if stored_bits == 4 else "w8" if stored_bits == 8 else "bf16"
+    return "w8" if drafter and quant == "w4" else quant
+
+
+def card(config: EngineConfig) -> torch.device | None:
+    """The GPU to use, or None for the CPU.
+
+    Raises:
+        OutdraftError: a GPU was asked for and cannot be used.
+    """
+    cpu_only = None
+    if config.backend != "auto":
+        cpu_only = f"backend {config.backend} runs on the CPU"
+    elif config.dtype != "auto":
+        cpu_only = f"a dtype ({config.dtype}) is the reference's, which runs on the CPU"
+    elif config.kv_dtype != "bf16":
+        cpu_only = f"keys and values in {config.kv_dtype} are on the CPU only"
+    device = find_device(config.device, cpu_only=cpu_only)
+    return None if device.type == "cpu" else device
+
+
+def cuda_ops(config: EngineConfig, device: torch.device, quant: Format) -> Ops:
+    """Triton's kernels; the module is loaded only where there is a GPU."""
+    from outdraft.ops.cuda.ops import CudaOps
+
+    return CudaOps(device, quant, KV_DTYPES[config.kv_dtype], pdl=has_dependent_launch(device))
 
 
 def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None) -> Target:
@@ -183,6 +236,10 @@ def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None
     """
     raw = read_config(path)
     family = family_of(raw, path)
+    if family.cpu_only is not None:
+        if engine.device == "cuda":
+            raise ModelError(f"{path} cannot run on the GPU: {family.cpu_only}", "use --device cpu")
+        engine = replace(engine, device="cpu")
     config = family.read_config(raw)
     torch_dtype = resolve_dtype(engine.dtype, config.dtype)
     checkpoint = Checkpoint.open(path)
@@ -215,15 +272,18 @@ def packing(
     Args:
         raw: the model's config.json.
     """
-    weights.stored = isinstance(ops, CpuOps)
+    weights.stored, weights.device = not isinstance(ops, ReferenceOps), ops.device
+    loading = loading or Loading()
     if not isinstance(ops, CpuOps):
+        loading.begin("reading weights", weights.n_bytes)
+        weights.checkpoint.on_read = loading.advance
         yield
+        weights.checkpoint.on_read = None
         return
     file, cache = None, packed_cache(engine)
     if cache is not None:
         key = packing_key(weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype)
         file = CacheFile(cache, key, estimated_bytes(weights.n_params, ops.format))
-    loading = loading or Loading()
     try:
         with packer(weights.checkpoint, weights.n_bytes, file, loading) as ops.packer:
             yield

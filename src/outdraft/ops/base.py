@@ -20,7 +20,7 @@ PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
-Activation = Literal["gelu_tanh", "silu"]
+Activation = Literal["gelu_tanh", "silu", "sigmoid"]
 
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
@@ -99,11 +99,47 @@ class Heads:
         return ops.norm_rope(self.raw_TGD, self.norm_D, self.rotary, self.eps)
 
 
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Where recurrent states come from and go to; all int32.
+
+    Rows of a sequence lie together, in order. The first of them continues from state `read_T[t]`
+    (-1: zeros), each other from the row before it; the state after row t is put into
+    `write_T[t]` unless that is -1. No row reads what another row of the call writes.
+    """
+
+    sequence_T: Tensor
+    read_T: Tensor
+    write_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaGates:
+    """Of a gated delta rule's heads, fp32 [H]: -exp(A_log), and dt_bias."""
+
+    decay_H: Tensor
+    bias_H: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Weights of a gated delta rule's recurrence: convolution fp32 [W, C], gates, key heads."""
+
+    conv_WC: Tensor
+    gates: DeltaGates
+    n_k_heads: int
+
+
 class Ops(Protocol):
     """See the module docstring. Activations are fp32, bf16 or fp16."""
 
     def describe(self) -> str:
         """What computes and how weights are stored, in a few words for people."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, keys, values and all tensors of a call are."""
         ...
 
     @property
@@ -180,6 +216,10 @@ class Ops(Protocol):
         """activation(gate) * up."""
         ...
 
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """sigmoid(gate) * x, the gate (fp32) one number a row; [T, K]."""
+        ...
+
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """Grouped-query softmax attention over paged keys, [T, H, D]; sums are fp32."""
         ...
@@ -236,4 +276,42 @@ class Ops(Protocol):
 
     def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
         """`argmax` of each row, and what softmax over its fp32 logits gives it: int32, fp32 [T]."""
+        ...
+
+    def short_conv(
+        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+    ) -> Tensor:
+        """silu of a causal convolution over rows, each channel by itself; fp32 [T, C].
+
+        Args:
+            x_TC: inputs.
+            weight_WC: fp32; the last row is for the newest input.
+            state_SWC: fp32 [S, W - 1, C], the inputs before, oldest first.
+            rows: where they are.
+        """
+        ...
+
+    def delta_rule(
+        self,
+        qkv_TC: Tensor,
+        a_TH: Tensor,
+        b_TH: Tensor,
+        gates: DeltaGates,
+        state_SHKV: Tensor,
+        rows: StateRows,
+        n_k_heads: int,
+    ) -> Tensor:
+        """The gated delta rule (Yang et al. 2024, arXiv:2412.06464), row by row; fp32 [T, H, V].
+
+        With q and k of unit length, g = exp(decay * softplus(a + bias)) and beta = sigmoid(b): the
+        state S [K, V] becomes g S + k (beta (v - g k S)), and the output is q S / sqrt(K).
+
+        Args:
+            qkv_TC: n_k_heads queries, as many keys, H values, one head after another.
+            state_SHKV: fp32.
+        """
+        ...
+
+    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """RMS norm over each head times the fp32 weight times silu(gate); [T, H, V]."""
         ...

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.calls import Calls, address, check
+from outdraft.ops.calls import address, check
 from outdraft.ops.packed import matrix
+from outdraft.ops.recurrent import Recurrent
 
 
 @dataclass(slots=True, kw_only=True)
-class Choices(Calls):
+class Choices(Recurrent):
     """See the module docstring; comparisons are exact, ties go to the lower id."""
 
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:

@@ -48,6 +48,21 @@ class CpuOps(Kernels):
         kv = str(self.kv_dtype).removeprefix("torch.")
         return f"cpu ({_core.current_isa()}, {_core.threads()} threads), {self.format}, {kv} keys"
 
+    @property
+    def device(self) -> torch.device:
+        """See `Ops.device`."""
+        return torch.device("cpu")
+
+    @property
+    def records_all(self) -> bool:
+        """See `Recordable`."""
+        return False
+
+    @property
+    def warms_up(self) -> bool:
+        """See `Recordable`."""
+        return False
+
     def begin(self, program: Replayable | None) -> Program:
         """See `Recordable`."""
         assert self.program is None and (program is None or isinstance(program, Program))
@@ -137,3 +152,7 @@ class CpuOps(Kernels):
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`."""
         return self.activate(gate_TK, up_TK, activation)
+
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """See `Ops.gate_rows`."""
+        return self.combine(x_TK, self.activate(gate_T1, torch.ones_like(gate_T1), "sigmoid"))

@@ -18,14 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outdraft.ops import recurrent_reference
 from outdraft.ops.base import (
     PAGE_SLOTS,
     Activation,
     AttentionRows,
+    DeltaGates,
     KvPages,
     PageSlots,
     Role,
     Rotary,
+    StateRows,
 )
 
 TILE_ROWS = 8
@@ -58,6 +61,11 @@ class ReferenceOps:
     def describe(self) -> str:
         """See `Ops.describe`."""
         return "reference (PyTorch)" if self.tile == TILE_ROWS else "reference, row by row"
+
+    @property
+    def device(self) -> torch.device:
+        """See `Ops.device`."""
+        return torch.device("cpu")
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -156,6 +164,10 @@ class ReferenceOps:
         whole = done[0] if len(done) == 1 else torch.cat(done)
         return whole[:n].view(gate_TK.shape) * up_TK
 
+    def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
+        """See `Ops.gate_rows`."""
+        return x_TK * self.gated(gate_T1, torch.ones_like(gate_T1), "sigmoid").to(x_TK.dtype)
+
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """See `Ops.attention`. Scores and sums are fp32 whatever the inputs are."""
         if "sequences" not in rows.scratch:
@@ -234,6 +246,31 @@ class ReferenceOps:
         for other in range(1, parts_TAK.shape[1]):
             total = total + parts_TAK[:, other]
         return total
+
+    def short_conv(
+        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+    ) -> Tensor:
+        """See `Ops.short_conv`."""
+        return recurrent_reference.short_conv(x_TC, weight_WC, state_SWC, rows)
+
+    def delta_rule(
+        self,
+        qkv_TC: Tensor,
+        a_TH: Tensor,
+        b_TH: Tensor,
+        gates: DeltaGates,
+        state_SHKV: Tensor,
+        rows: StateRows,
+        n_k_heads: int,
+    ) -> Tensor:
+        """See `Ops.delta_rule`."""
+        return recurrent_reference.delta_rule(
+            qkv_TC, a_TH, b_TH, gates, state_SHKV, rows, n_k_heads
+        )
+
+    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """See `Ops.gated_norm`."""
+        return recurrent_reference.gated_norm(x_THV, gate_THV, weight_V, eps)
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
         """See `Ops.top`. A stable sort, unlike topk, promises the lowest id of equals."""
@@ -320,7 +357,9 @@ def _by_sequence(rows: AttentionRows) -> list[PagedRows]:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """gelu_tanh or silu of x."""
+    """gelu_tanh, silu or sigmoid of x."""
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 

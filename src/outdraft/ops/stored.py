@@ -7,7 +7,7 @@ Shapes: N output rows, K inputs, E blocks (experts), C groups of inputs that sha
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from outdraft.ops.packed import Format, PackedLinear
 
-CHUNK_BYTES = 8 << 20
-"""Most bytes of a weight, as the compute type, that are unpacked at once."""
+CHUNK_BYTES = 1 << 20
+"""Most bytes of a weight, as the compute type, that are unpacked at once.
+
+About three times as much is in memory: what is read, what it is joined to, and the last one."""
 
 Form = Literal["float", "int8", "int4"]
 
@@ -112,6 +114,14 @@ class StoredWeight:
         shape = (*ids_CN.shape, self.shape[1])
         key = f"{self.key}[blocks]"
         return StoredWeight(key, shape, self.dtype, self.form, read, self.group, self.zero_points)
+
+
+def reorder(weight: Tensor | StoredWeight, ids_N: Tensor) -> Any:
+    """Rows `ids_N` of a weight [N, K] as one of its kind."""
+    if isinstance(weight, Tensor):
+        return weight[ids_N]
+    taken = weight.take(ids_N[None])
+    return replace(taken, shape=taken.shape[1:], key=f"{weight.key}[reordered]")
 
 
 def stack(parts: Sequence[Tensor | StoredWeight]) -> Any:

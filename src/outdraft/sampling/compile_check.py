@@ -17,10 +17,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from outdraft.errors import SamplingError
+from outdraft.errors import QueueFull, SamplingError
 
 DEADLINE_S = 3.0
 START_S = 120.0
+PATIENCE = 4
+"""Deadlines that a grammar waits for those before it."""
+
 MEMORY_BYTES = 8 * 2**30
 """Of addresses, most of which are never touched."""
 
@@ -61,14 +64,17 @@ class CompileCheck:
 
         Raises:
             SamplingError: it is not valid, takes too long, or ends the compiler.
+            QueueFull: other grammars keep the process busy.
         """
-        with self._lock:
-            process = self._started()
-            try:
-                error = _ask(process, source, self.deadline_s)
-            except SamplingError:
-                self._kill()
-                raise
+        if not self._lock.acquire(timeout=PATIENCE * self.deadline_s):
+            raise QueueFull("other grammars are being compiled", "try again later")
+        try:
+            error = _ask(self._started(), source, self.deadline_s)
+        except SamplingError:
+            self._kill()
+            raise
+        finally:
+            self._lock.release()
         if error is not None:
             raise refused(error)
 

@@ -17,7 +17,13 @@ from outdraft.errors import OutdraftError
 from outdraft.request import Logprobs, SamplingParams
 
 NUCLEUS_GUESS = 1024
-"""What top-p sorts first: a nucleus is rarely larger, and sorting all is 20 times slower."""
+"""What top-p sorts first: a nucleus is rarely larger, and sorting all is 100 times slower."""
+
+CHUNK = 128
+"""Scores are first looked at by the largest of so many: most of a vocabulary is never the best."""
+
+FEW = 8192
+"""Up to so many scores are looked at one by one."""
 
 
 def greedy(logits_RV: Tensor) -> Tensor:
@@ -57,7 +63,11 @@ def distribution(logits_RV: Tensor, params: SamplingParams) -> Tensor:
     scaled_RV = _scaled(logits_RV, params.temperature)
     if not _filters(params):
         return torch.softmax(scaled_RV, dim=-1)
-    return torch.stack([_filtered(scaled_V, params) for scaled_V in scaled_RV])
+    probs_RV = torch.zeros_like(scaled_RV)
+    for probs_V, scaled_V in zip(probs_RV, scaled_RV, strict=True):
+        ids_C, scores_C = _kept(scaled_V, params)
+        probs_V[ids_C] = torch.softmax(scores_C, dim=0)
+    return probs_RV
 
 
 def candidates(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor | None, Tensor]:
@@ -70,8 +80,8 @@ def candidates(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor | None,
     scaled_V = _scaled(logits_V[None], params.temperature)[0]
     if not _filters(params):
         return None, torch.softmax(scaled_V, dim=-1)
-    ids_C = _kept_ids(scaled_V, params)
-    return ids_C, torch.softmax(scaled_V[ids_C], dim=0)
+    ids_C, scores_C = _kept(scaled_V, params)
+    return ids_C, torch.softmax(scores_C, dim=0)
 
 
 def logprobs(logits_V: Tensor, token: int, n_top: int) -> Logprobs:
@@ -92,7 +102,7 @@ def _scaled(logits_RV: Tensor, temperature: float) -> Tensor:
     best_R1 = logits_RV.amax(dim=-1, keepdim=True)
     _check_finite(best_R1)
     # Below the smallest normal number the quotient would be 0 / 0 at the maximum.
-    return (logits_RV - best_R1) / max(temperature, torch.finfo(logits_RV.dtype).tiny)
+    return (logits_RV - best_R1).div_(max(temperature, torch.finfo(logits_RV.dtype).tiny))
 
 
 def _filters(params: SamplingParams) -> bool:
@@ -101,31 +111,31 @@ def _filters(params: SamplingParams) -> bool:
     return mine != off
 
 
-def _filtered(scaled_V: Tensor, params: SamplingParams) -> Tensor:
-    ids_C = _kept_ids(scaled_V, params)
-    probs_V = torch.zeros_like(scaled_V)
-    probs_V[ids_C] = torch.softmax(scaled_V[ids_C], dim=0)
-    return probs_V
+def _kept(scaled_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Ids that the filters leave, ascending, int64 [C], and their scores, whose maximum is 0."""
+    ids_C: Tensor | None = None
+    scores_C = scaled_V
 
+    def keep(places: Tensor) -> None:
+        nonlocal ids_C, scores_C
+        ids_C = places if ids_C is None else ids_C[places]
+        scores_C = scores_C[places]
 
-def _kept_ids(scaled_V: Tensor, params: SamplingParams) -> Tensor:
-    """Ids that the filters leave, ascending, int64 [C]. Scores have their maximum at 0."""
-    ids_C = torch.arange(scaled_V.shape[0], device=scaled_V.device)
     if params.top_n_sigma > 0:
         sigma = scaled_V[torch.isfinite(scaled_V)].std(correction=0)
-        ids_C = torch.nonzero(scaled_V >= -params.top_n_sigma * sigma).flatten()
-    if 0 < params.top_k < ids_C.shape[0]:
-        ids_C = ids_C[_largest(scaled_V[ids_C], params.top_k)]
+        keep(_at_least(scores_C, -params.top_n_sigma * float(sigma)))
+    if 0 < params.top_k < scores_C.shape[0]:
+        keep(_largest(scores_C, params.top_k))
     if params.typical_p < 1:
-        ids_C = ids_C[_typical(torch.log_softmax(scaled_V[ids_C], dim=0), params.typical_p)]
+        keep(_typical(torch.log_softmax(scores_C, dim=0), params.typical_p))
     if params.top_p < 1:
-        n = _nucleus_size(torch.softmax(scaled_V[ids_C], dim=0), params.top_p)
-        ids_C = ids_C[_largest(scaled_V[ids_C], n)]
+        keep(_nucleus(scores_C, params.top_p))
     if params.min_p > 0:
         # The exponential of a score is the ratio to the largest probability that is left.
-        scores_C = scaled_V[ids_C]
-        ids_C = ids_C[scores_C - scores_C.max() >= math.log(params.min_p)]
-    return ids_C
+        keep(_at_least(scores_C, float(scores_C.max()) + math.log(params.min_p)))
+    if ids_C is None:
+        ids_C = torch.arange(scaled_V.shape[0], device=scaled_V.device)
+    return ids_C, scores_C
 
 
 def _typical(log_C: Tensor, mass: float) -> Tensor:
@@ -139,6 +149,16 @@ def _typical(log_C: Tensor, mass: float) -> Tensor:
 
 def _largest(scores_V: Tensor, n: int) -> Tensor:
     """Places of the n largest scores, ascending; the lowest among equals (1 <= n <= V)."""
+    if scores_V.shape[0] <= FEW:
+        return _largest_of_all(scores_V, n)
+    maxima = _chunk_maxima(scores_V)
+    if n < maxima.shape[0]:  # n chunks have a score of at least the n-th largest maximum
+        among_C = _at_least(scores_V, float(maxima.topk(n).values[-1]))
+        return among_C[_largest_of_all(scores_V[among_C], n)]
+    return _largest_of_all(scores_V, n)
+
+
+def _largest_of_all(scores_V: Tensor, n: int) -> Tensor:
     threshold = scores_V.topk(n).values[-1]
     above = torch.nonzero(scores_V >= threshold).flatten()
     if above.shape[0] == n:
@@ -148,14 +168,47 @@ def _largest(scores_V: Tensor, n: int) -> Tensor:
     return above[~equal_C | (equal_C.cumsum(0) <= int(equal_C.sum()) - n_over)]
 
 
-def _nucleus_size(probs_C: Tensor, top_p: float) -> int:
-    """How many tokens, the most probable first, it takes to reach the mass `top_p`; at least 1."""
-    n_all = probs_C.shape[0]
-    for width in (min(NUCLEUS_GUESS, n_all), n_all):
-        mass = probs_C.topk(width).values.double().cumsum(0)
-        if mass[-1] >= top_p:
-            return int((mass < top_p).sum()) + 1
-    return n_all  # the whole sums to a little less than top_p by rounding
+def _chunk_maxima(scores_V: Tensor) -> Tensor:
+    """The largest score of each whole chunk; what is left behind them counts as one."""
+    n = scores_V.shape[0] // CHUNK * CHUNK
+    maxima = scores_V[:n].view(-1, CHUNK).amax(dim=-1)
+    return maxima if n == scores_V.shape[0] else torch.cat([maxima, scores_V[n:].amax()[None]])
+
+
+def _at_least(scores_V: Tensor, floor: float) -> Tensor:
+    """Places of all scores from `floor` up, ascending."""
+    if scores_V.shape[0] <= FEW:
+        return torch.nonzero(scores_V >= floor).flatten()
+    n = scores_V.shape[0] // CHUNK * CHUNK
+    chunks_NC = scores_V[:n].view(-1, CHUNK)
+    found = torch.nonzero(chunks_NC.amax(dim=-1) >= floor).flatten()
+    row, place = torch.nonzero(chunks_NC[found] >= floor).unbind(-1)
+    places = found[row] * CHUNK + place
+    rest = torch.nonzero(scores_V[n:] >= floor).flatten() + n
+    return torch.cat([places, rest])
+
+
+def _nucleus(scores_C: Tensor, top_p: float) -> Tensor:
+    """Places of the most probable tokens that it takes to reach the mass `top_p`, ascending.
+
+    Sorted are those that may be among them: the first thousand or so, or else those of more than
+    (1 - top_p) / C, for all below sum to less than what may be left out.
+    """
+    n_all = scores_C.shape[0]
+    probs_C = torch.softmax(scores_C, dim=0)
+    if n_all <= NUCLEUS_GUESS:
+        mass = probs_C.sort(descending=True).values.double().cumsum(0)
+        return _largest_of_all(scores_C, min(n_all, int((mass < top_p).sum()) + 1))
+    floors = [(1 - top_p) / n_all, 0.0]
+    if n_all > NUCLEUS_GUESS * CHUNK:
+        floors.insert(0, float(_chunk_maxima(probs_C).topk(NUCLEUS_GUESS).values[-1]))
+    for floor in floors:
+        among = _at_least(probs_C, floor)
+        mass = probs_C[among].sort(descending=True).values.double().cumsum(0)
+        if mass.shape[0] and mass[-1] >= top_p:
+            n = int((mass < top_p).sum()) + 1
+            return among[_largest_of_all(scores_C[among], n)]
+    return torch.arange(n_all)  # the whole sums to a little less than top_p by rounding
 
 
 def _check_finite(maxima: Tensor) -> None:

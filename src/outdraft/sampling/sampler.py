@@ -17,6 +17,11 @@ from torch import Tensor
 
 from outdraft.errors import OutdraftError
 
+CHUNK = 512
+MANY = 16384
+"""From so many probabilities on, sums of chunks come first."""
+
+BELOW_ONE = 1 - 2.0**-53
 _COUNTER = struct.Struct("<QQQ")
 _ROUND_COUNTER = struct.Struct("<QQQQ")
 
@@ -59,7 +64,9 @@ def uniform(seed: int, position: int, purpose: Purpose, start: int | None = None
 def sample(probs_V: Tensor, u: float) -> int:
     """The token at u of the cumulative distribution; never one of probability 0.
 
-    The sum may be off 1: u is a share of the actual sum, which is taken in fp64.
+    The sum may be off 1: u is a share of the actual sum, which is taken in fp64. Of a large
+    vocabulary only the sums of chunks are added up, and the tokens of the chunk that u falls into;
+    a chunk's own sum has the rounding of its type.
 
     Args:
         probs_V: not negative.
@@ -69,7 +76,24 @@ def sample(probs_V: Tensor, u: float) -> int:
         OutdraftError: the probabilities hold NaN or infinity, or are all 0.
     """
     assert 0 <= u < 1
-    mass_V = probs_V.double().cumsum(0)
+    n = probs_V.shape[0] // CHUNK * CHUNK
+    if n < MANY:
+        return _place(probs_V, u)
+    sums = torch.cat([probs_V[:n].view(-1, CHUNK).sum(-1), probs_V[n:].sum()[None]]).double()
+    mass = sums.cumsum(0)
+    chunk = _place_in(mass, u)
+    before = float(mass[chunk - 1]) if chunk else 0.0
+    within = (u * float(mass[-1]) - before) / float(sums[chunk])
+    first = chunk * CHUNK
+    return first + _place(probs_V[first : first + CHUNK], min(max(within, 0.0), BELOW_ONE))
+
+
+def _place(probs_V: Tensor, u: float) -> int:
+    return _place_in(probs_V.double().cumsum(0), u)
+
+
+def _place_in(mass_V: Tensor, u: float) -> int:
+    """The first entry beyond u of a cumulative sum; its own mass is then not 0."""
     total = float(mass_V[-1])
     if not 0 < total < float("inf"):
         raise OutdraftError(
@@ -77,5 +101,4 @@ def sample(probs_V: Tensor, u: float) -> int:
             "the model's logits are damaged or all excluded: try --dtype float32, or check the "
             "weights and the tokens that are excluded",
         )
-    # The first entry beyond u: its mass is greater than its predecessor's, so its own is not 0.
     return int(torch.searchsorted(mass_V, u * total, right=True))

@@ -1,17 +1,26 @@
-"""How the tokens of a chat become parts of an answer: content, reasoning, tool calls.
+"""How the text of a chat becomes parts of an answer: content, reasoning, tool calls.
 
-Here: the parts, what a reader is, and the one that takes everything for content. A front pushes
-the tokens of every delta through a reader and translates the parts. Not here: the formats of model
-families.
+Here: the parts, and the reader that makes them. A front pushes the text of every delta through a
+reader and translates the parts. Not here: the formats of model families (tools/).
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from outdraft.server.jobs import Token
+from outdraft.server.jobs import Delta as RawDelta
+from outdraft.server.jobs import Running
+from outdraft.server.tools.answer import AnswerSplit
+from outdraft.server.tools.deltas import (
+    CallArguments,
+    CallBroken,
+    CallStart,
+    Content,
+    Delta,
+    Reasoning,
+)
 
-Kind = Literal["content", "reasoning", "tool"]
+Kind = Literal["content", "reasoning", "tool", "broken"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +28,8 @@ class Part:
     """A piece of an answer.
 
     For a tool call `index` tells calls apart; `id` and `name` come with its first piece, and `text`
-    is a piece of the arguments' JSON.
+    is a piece of the arguments' JSON. `broken` takes a call back whose arguments turned out to be
+    none: its text follows as content.
     """
 
     kind: Kind
@@ -29,25 +39,49 @@ class Part:
     name: str | None = None
 
 
-class AnswerReader(Protocol):
+class AnswerReader:
     """Splits one completion. It never fails: what it cannot read is content."""
 
-    def push(self, tokens: Sequence[Token], text: str) -> list[Part]:
-        """The parts that became certain. `text` is that of the tokens, as it may be shown."""
-        ...
+    def __init__(self, split: AnswerSplit) -> None:
+        self._split = split
+
+    @property
+    def n_calls(self) -> int:
+        """Whole calls so far."""
+        return self._split.n_calls
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that became certain."""
+        return _parts(self._split.push(text))
 
     def finish(self) -> list[Part]:
         """What was held back, at the end of the completion."""
-        ...
+        return _parts(self._split.finish())
 
 
-class PlainReader:
-    """Everything is content."""
+def _parts(deltas: Sequence[Delta]) -> list[Part]:
+    parts = []
+    for delta in deltas:
+        if isinstance(delta, Content):
+            parts.append(Part("content", delta.text))
+        elif isinstance(delta, Reasoning):
+            parts.append(Part("reasoning", delta.text))
+        elif isinstance(delta, CallStart):
+            parts.append(Part("tool", "", delta.index, delta.id, delta.name))
+        elif isinstance(delta, CallArguments):
+            parts.append(Part("tool", delta.text, delta.index))
+        elif isinstance(delta, CallBroken):
+            parts.append(Part("broken", "", delta.index))
+    return parts
 
-    def push(self, tokens: Sequence[Token], text: str) -> list[Part]:
-        """See AnswerReader."""
-        return [Part("content", text)] if text else []
 
-    def finish(self) -> list[Part]:
-        """See AnswerReader."""
-        return []
+async def parts_of(
+    running: Running, reader: AnswerReader
+) -> AsyncIterator[tuple[list[Part], RawDelta]]:
+    """The parts of a job with one completion, and the delta that they came with."""
+    async for deltas in running:
+        for delta in deltas:
+            parts = reader.push(delta.text)
+            if delta.end is not None:
+                parts += reader.finish()
+            yield parts, delta

@@ -23,10 +23,12 @@ from starlette.types import Scope
 
 from outdraft import __version__
 from outdraft.server import info
+from outdraft.server.anthropic_messages import Counted, MessagesRequest, count_tokens, messages
 from outdraft.server.completions import CompletionRequest, completions
 from outdraft.server.errors import ApiError
 from outdraft.server.guard import Access, Guard, Visit
 from outdraft.server.openai_chat import ChatRequest, chat
+from outdraft.server.responses import ResponsesRequest, responses
 from outdraft.server.service import Service
 from outdraft.server.sse import error_response
 
@@ -48,6 +50,9 @@ Front = Callable[[Request, Service], Awaitable[Response]]
 FRONTS: tuple[tuple[str, Front, type[BaseModel], str], ...] = (
     ("/v1/chat/completions", chat, ChatRequest, "Answer a conversation."),
     ("/v1/completions", completions, CompletionRequest, "Continue one or more texts."),
+    ("/v1/responses", responses, ResponsesRequest, "Answer a conversation, in items."),
+    ("/v1/messages", messages, MessagesRequest, "Answer a conversation, in Anthropic's words."),
+    ("/v1/messages/count_tokens", count_tokens, Counted, "How many tokens a prompt has."),
     ("/v1/embeddings", info.embeddings, info.EmbeddingRequest, "Vectors of texts."),
     ("/tokenize", info.tokenize, info.TokenizeRequest, "Text to token ids."),
     ("/detokenize", info.detokenize, info.DetokenizeRequest, "Token ids to text."),

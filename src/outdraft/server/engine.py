@@ -245,6 +245,9 @@ class Engine:
                 return
             died_loading = self.state is not State.READY
             if died_loading and self.n_restarts == 0:
+                self.load_error = self.load_error or ModelError(
+                    "the engine's process ended while it loaded the model", "see what it printed"
+                )
                 self._enter(State.FAILED)
                 return
             self._enter(State.RESTARTING)

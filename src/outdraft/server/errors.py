@@ -64,10 +64,17 @@ def from_outdraft(error: OutdraftError, param: str | None = None) -> ApiError:
     return ApiError(400, text, param=param)
 
 
-def public(text: str) -> str:
-    """The text without paths, addresses and tracebacks, and not too long."""
-    text = _TRACE.sub("", text)
-    text = _ADDRESS.sub("(address)", _PATH.sub("(path)", text))
+def public(text: str, *, names: bool = False) -> str:
+    """The text without paths, addresses and tracebacks, and not too long.
+
+    Args:
+        names: leave of a path its last part.
+    """
+
+    def without(found: re.Match[str]) -> str:
+        return found[0].rstrip("/").rpartition("/")[2] if names else "(path)"
+
+    text = _ADDRESS.sub("(address)", _PATH.sub(without, _TRACE.sub("", text)))
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + "…"
 

@@ -72,7 +72,7 @@ class Gauges:
             },
             "drafting": stats.why_not_drafting is None,
             "draft_n_now": stats.draft_length,
-            "draft_reason": public(stats.why_not_drafting or self.llm.pairing.reason),
+            "draft_reason": public(stats.why_not_drafting or self.llm.pairing.reason, names=True),
             "speedup_measured": stats.speed_up,
         }
 
@@ -95,7 +95,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "compute": llm.describe(),
         "drafter": None if drafter is None else drafter.name,
         "draft_n_max": llm.pairing.n_draft_max if drafter is not None else 0,
-        "draft_reason": public(llm.pairing.reason),
+        "draft_reason": public(llm.pairing.reason, names=True),
         "max_sequences": llm.config.max_sequences,
         "hidden_size": target.config.hidden_size,
     }

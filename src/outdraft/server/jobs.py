@@ -8,7 +8,7 @@ taken the request on; so what can be refused is refused before an answer begins.
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -48,6 +48,7 @@ class Job:
         salt: requests with different salts share no cached prompts.
         drafting: False decodes this request plainly.
         detail: one delta for each verified block, with its number of drafts.
+        adapt: makes the final parameters when the prompt's tokens are known.
     """
 
     prompt: Prompt
@@ -56,6 +57,7 @@ class Job:
     salt: str = ""
     drafting: bool = True
     detail: bool = False
+    adapt: Callable[[SamplingParams, tuple[int, ...]], SamplingParams] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,9 @@ class Jobs:
         self._enter(running)
         try:
             running.prompt_tokens = await self.tokens(job.prompt)
+            if job.adapt is not None:
+                params = job.adapt(job.params, running.prompt_tokens)
+                running.job = replace(job, params=params)
             await self._submit(running)
         except EngineGone as error:
             running.close()
@@ -295,24 +300,19 @@ class Jobs:
         seed = secrets.randbits(62) if job.params.seed is None else job.params.seed
         split = [job.params] if job.params.n == 1 else job.params.split(seed)
         salt = blake2b(job.salt.encode(), key=self._salt_secret, digest_size=16).hexdigest()
-        slow = self.limits.prepare_s if job.params.grammar_options else None
-        try:
-            async with asyncio.timeout(slow):
-                for index, params in enumerate(split):
-                    stream = self.engine.submit(
-                        running.prompt_tokens,
-                        params,
-                        running.mailbox,
-                        index=index,
-                        salt=salt,
-                        draft_n_max=None if job.drafting else 0,
-                        detail=job.detail,
-                    )
-                    running.streams.append(stream)
-                for stream in running.streams:
-                    await stream.accepted
-        except TimeoutError:
-            raise bad_request("the grammar took too long to compile: make it simpler") from None
+        for index, params in enumerate(split):
+            stream = self.engine.submit(
+                running.prompt_tokens,
+                params,
+                running.mailbox,
+                index=index,
+                salt=salt,
+                draft_n_max=None if job.drafting else 0,
+                detail=job.detail,
+            )
+            running.streams.append(stream)
+        for stream in running.streams:
+            await stream.accepted
 
     def _check_length(self, ids: tuple[int, ...]) -> None:
         ctx_size = self.engine.info.get("ctx_size", 0)

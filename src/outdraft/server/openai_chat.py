@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outdraft.server.answer import AnswerReader, Part, PlainReader
+from outdraft.server.answer import AnswerReader, Part
 from outdraft.server.errors import bad_request
 from outdraft.server.guard import Visit, visit_of
 from outdraft.server.jobs import Conversation, Delta, Running, Token, Usage
@@ -25,6 +25,7 @@ from outdraft.server.service import (
     usage_json,
 )
 from outdraft.server.sse import DONE, Awaited, EventStream, event
+from outdraft.server.tools.choice import ToolUse, choose, make_tool
 
 
 class Message(Loose):
@@ -68,25 +69,46 @@ async def chat(request: Request, service: Service) -> Response:
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
-    running = await service.jobs.open(service.job(asked, visit, conversation(asked), params))
-    answer = ChatAnswer(request, service, asked, running)
+    use = tool_use(asked)
+    prompt = conversation(asked, use, service)
+    running = await service.jobs.open(service.job(asked, visit, prompt, params, use))
+    answer = ChatAnswer(request, service, asked, running, use)
     if asked.stream:
         return EventStream(answer.events(), running.close, send_s=service.limits.send_s)
     return Awaited(answer.whole, running.close)
 
 
-def conversation(asked: ChatRequest) -> Conversation:
+def tool_use(asked: ChatRequest) -> ToolUse:
+    """Tools and their choice in OpenAI's words.
+
+    Raises:
+        ApiError: they are not what they should be.
+    """
+    tools = [make_tool(tool.function, "parameters", "tools") for tool in asked.tools or []]
+    choice = "auto" if asked.tool_choice is None else asked.tool_choice
+    name = None
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if choice.get("type") != "function" or not isinstance(name, str):
+            raise bad_request("tool_choice is not a function with a name", "tool_choice")
+        choice = "function"
+    elif choice not in ("auto", "none", "required"):
+        raise bad_request("tool_choice is auto, none, required or a function", "tool_choice")
+    return choose(tools, choice, name, asked.parallel_tool_calls, "tool_choice")
+
+
+def conversation(asked: ChatRequest, use: ToolUse, service: Service) -> Conversation:
     """The messages as the template gets them."""
     messages = [m.model_dump(exclude_unset=True) for m in asked.messages]
     for message in messages:
         message["content"] = plain_content(message.get("content"))
-    tools = None
-    if asked.tools and asked.tool_choice != "none":
-        tools = [t.model_dump() for t in asked.tools]
     options = dict(asked.chat_template_kwargs or {})
     if asked.reasoning_effort is not None:
         options.setdefault("reasoning_effort", asked.reasoning_effort)
-    return Conversation(messages, tools, options)
+    if use.forced and service.dialect.reasoning is not None:
+        options.setdefault("enable_thinking", False)  # the grammar leaves no room for it
+    return service.dialect.conversation(use, messages, options)
 
 
 def plain_content(content: Any) -> str:
@@ -113,13 +135,21 @@ class ChatAnswer:
     """One request's answer, streamed or whole."""
 
     def __init__(
-        self, request: Request, service: Service, asked: ChatRequest, running: Running
+        self,
+        request: Request,
+        service: Service,
+        asked: ChatRequest,
+        running: Running,
+        use: ToolUse,
     ) -> None:
         self.request = request
         self.service = service
         self.asked = asked
         self.running = running
-        self.readers: list[AnswerReader] = [PlainReader() for _ in range(running.job.params.n)]
+        self.readers = [
+            AnswerReader(service.dialect.reader(use, running.prompt_tokens))
+            for _ in range(running.job.params.n)
+        ]
         visit: Visit = visit_of(request.scope)
         self.id = f"chatcmpl-{visit.id}"
         self.created = int(time.time())
@@ -145,12 +175,13 @@ class ChatAnswer:
 
     def _delta_events(self, delta: Delta) -> list[bytes]:
         reader = self.readers[delta.index]
-        parts = reader.push(delta.tokens, delta.text)
+        parts = reader.push(delta.text)
         reason = None
         if delta.end is not None:
             parts += reader.finish()
             reason = self._finish(delta)
-        chunks = [self._chunk(delta.index, part_json(part)) for part in parts]
+        shown = [part for part in parts if part.kind != "broken"]
+        chunks = [self._chunk(delta.index, part_json(part)) for part in shown]
         if not chunks and (delta.tokens or reason is None):
             chunks = [self._chunk(delta.index, {"content": ""})] if self._has_details(delta) else []
         if chunks:
@@ -176,7 +207,7 @@ class ChatAnswer:
         async for deltas in self.running:
             for delta in deltas:
                 reader = self.readers[delta.index]
-                parts[delta.index] += reader.push(delta.tokens, delta.text)
+                parts[delta.index] += reader.push(delta.text)
                 tokens[delta.index] += delta.tokens
                 if delta.end is not None:
                     parts[delta.index] += reader.finish()
@@ -206,7 +237,8 @@ class ChatAnswer:
         reason = finish(self.service, self.request, delta.end, grammar=grammar)
         usage = delta.end.usage
         self.usage = usage if self.usage is None else self.usage + usage
-        return reason
+        called = self.readers[delta.index].n_calls > 0
+        return "tool_calls" if called and reason == "stop" else reason
 
     def _head(self, kind: str = "chat.completion.chunk") -> dict[str, Any]:
         return {
@@ -263,6 +295,8 @@ def message_json(parts: list[Part]) -> dict[str, Any]:
     reasoning = "".join(p.text for p in parts if p.kind == "reasoning")
     calls: dict[int, dict[str, Any]] = {}
     for part in parts:
+        if part.kind == "broken":
+            calls.pop(part.index, None)
         if part.kind != "tool":
             continue
         call = calls.setdefault(

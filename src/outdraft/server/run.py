@@ -37,12 +37,14 @@ class ServerConfig:
         alias: the model's name for clients; None is the one it was asked for by.
         keys: any of them is needed; none asks for none.
         drain_s: how long requests may go on after SIGTERM.
+        tool_format: how the model calls tools; None finds out.
         verbose: print a line of JSON for each request.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
     alias: str | None = None
+    tool_format: str | None = None
     keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
@@ -123,7 +125,9 @@ async def _serve(
     access = config.access()
     path = resolve_model(model)
     engine = Engine(model, engine_config, remark)
-    service = Service.make(config.alias or name_of(model, path), path, engine, config.limits)
+    service = Service.make(
+        config.alias or name_of(model, path), path, engine, config.limits, config.tool_format
+    )
     app = make_app(service, access, _log if config.verbose else _no_log)
     tasks: list[asyncio.Task[None]] = []
 

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from outdraft.server.limits import Limits
 from outdraft.server.metrics import Metrics
 from outdraft.server.renderer import Renderer
 from outdraft.server.schema import Sampling, ignore, model_defaults
+from outdraft.server.tools.choice import Dialect, ToolUse
 from outdraft.text.files import read_json_if_there
 from outdraft.text.tokenizer import Tokenizer
 
@@ -41,28 +43,47 @@ class Service:
     limits: Limits
     metrics: Metrics
     defaults: dict[str, Any]
+    dialect: Dialect
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def make(cls, name: str, path: Path, engine: Engine, limits: Limits) -> "Service":
-        """The parts for the model in `path`.
+    def make(
+        cls,
+        name: str,
+        path: Path,
+        engine: Engine,
+        limits: Limits,
+        tool_format: str | None = None,
+    ) -> "Service":
+        """The parts for the model in `path`; `tool_format` is how it calls tools, None to find out.
 
         Raises:
-            ModelError: its tokenizer cannot be read.
+            ModelError: its tokenizer cannot be read, or there is no such format.
         """
         tokenizer = Tokenizer.load(path)
         jobs = Jobs(engine, tokenizer, Renderer(path, limits.prepare_s), limits)
         defaults = model_defaults(read_json_if_there(path / GENERATION_CONFIG))
         metrics = Metrics(engine, jobs, name)
-        return cls(name, path, engine, tokenizer, jobs, limits, metrics, defaults)
+        dialect = Dialect.load(path, tokenizer, tool_format)
+        return cls(name, path, engine, tokenizer, jobs, limits, metrics, defaults, dialect)
 
     def note_model(self, asked: str | None, visit: Visit) -> None:
         """Another model's name is answered by the one that there is, and said to be ignored."""
         if asked is not None and asked != self.name:
             ignore(visit, ["model"])
 
-    def job(self, request: Sampling, visit: Visit, prompt: Prompt, params: SamplingParams) -> Job:
-        """A job with what is common to all fronts: client, salt, and the extension's switches."""
+    def job(
+        self,
+        request: Sampling,
+        visit: Visit,
+        prompt: Prompt,
+        params: SamplingParams,
+        use: ToolUse | None = None,
+    ) -> Job:
+        """A job with what is common to all fronts: client, salt, and the extension's switches.
+
+        With `use` the answer is a chat's: its markers are shown, and calls held to their grammar.
+        """
         own = request.outdraft
         detail = own is not None and own.tokens
         if detail and params.logprobs is None:
@@ -74,6 +95,7 @@ class Service:
             salt=json.dumps([visit.client, request.cache_salt or ""]),
             drafting=own is None or own.drafting == "auto",
             detail=detail,
+            adapt=None if use is None else partial(self.dialect.params, use),
         )
 
     def token_text(self, token: int) -> str:

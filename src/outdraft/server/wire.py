@@ -19,7 +19,7 @@ from outdraft.request import SamplingParams
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 _HEAD = struct.Struct("!I")
 _DEFAULTS = SamplingParams()
-_LISTS = ("stop", "stop_token_ids", "bad_words")
+_LISTS = ("stop", "stop_token_ids", "show_token_ids", "bad_words")
 
 
 def pack(message: dict[str, Any]) -> bytes:

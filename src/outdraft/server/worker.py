@@ -281,6 +281,8 @@ def main() -> None:
     except Exception as error:
         sock.sendall(pack(_refusal("", error)))
         return
+    for note in llm.loading.notes:
+        print(note, file=sys.stderr)
     worker = Worker(llm, sock)
     worker.send({"op": "loaded", "info": describe(llm)})
     threading.Thread(target=worker.read, name="commands", daemon=True).start()

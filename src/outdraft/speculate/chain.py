@@ -38,12 +38,12 @@ def draft_chain(
     sure: list[Tensor] = []
     for i in range(k):
         logits_BV, best_B, sure_B = step(newest_B)
-        newest_B, sure_B = best_B.clone(), sure_B.clone()
+        newest_B, sure_B = (x.to("cpu", copy=True) for x in (best_B, sure_B))
         if sample_drafts:
             for b, sequence in enumerate(sequences):
                 if not draws(sequence.params):
                     continue
-                q_V = distribution(logits_BV[b : b + 1], sequence.params)[0]
+                q_V = distribution(logits_BV[b : b + 1].cpu(), sequence.params)[0]
                 u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT, sequence.n)
                 newest_B[b] = sample(q_V, u)
                 probs[b].append(q_V)

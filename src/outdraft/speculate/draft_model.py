@@ -246,7 +246,9 @@ def load_draft_model(
         max_tokens=target.ctx_size + n_draft_max,
         max_rows=CATCH_UP + n_draft_max,
         dtype=model.ops.kv_dtype,
+        device=model.ops.device,
         pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
+        n_draft_max=n_draft_max,
     )
     return DraftModelDrafter(
         make_pass(model, memory),

@@ -17,8 +17,7 @@ from outdraft.cache.attend import ReadOnlyAttend, first_visible
 from outdraft.cache.memory import Memory
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.ops.base import AttentionRows
-from outdraft.ops.cpu import CpuOps
-from outdraft.ops.record import Recordable, Replayable, recording
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, draws
@@ -67,7 +66,7 @@ class Gemma4AssistantDrafter:
         self.model = model
         self.kv_layers = kv_layers
         self.sample_drafts = sample_drafts
-        self.recorder = model.ops if isinstance(model.ops, CpuOps) else None
+        self.recorder = model.ops if isinstance(model.ops, Recordable) else None
         self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
         self.needs = Taps(final_hidden=True, kv_groups=tuple(kv_layers))
 
@@ -110,17 +109,18 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recorded_round(
-        self, ops: CpuOps, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
     ) -> Draft:
         """All k steps of most probable tokens in one replay."""
         own = self._recording(ops, view, numbers, hidden_BH, k)
         own.program.replay()
         n = len(view.sequences)
-        tokens_BK, sure_BK = torch.stack(own.best, dim=1).long(), torch.stack(own.sure, dim=1)
+        tokens_BK = torch.stack(own.best, dim=1).long().cpu()
+        sure_BK = torch.stack(own.sure, dim=1).cpu()
         return Draft(tokens_BK, [None] * n, [k] * n, confidence_BK=sure_BK)
 
     def _recorded_step(
-        self, ops: CpuOps, view: TargetView, numbers: Tensor, hidden_BH: Tensor
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor
     ) -> Step:
         own = self._recording(ops, view, numbers, hidden_BH, ONE_STEP)
 
@@ -133,7 +133,7 @@ class Gemma4AssistantDrafter:
         return step
 
     def _recording(
-        self, ops: CpuOps, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, numbers: Tensor, hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """That of this many sequences and steps, holding what the round begins with."""
         key = (len(view.sequences), k, numbers.shape[0])
@@ -149,24 +149,24 @@ class Gemma4AssistantDrafter:
         return own
 
     def _record(
-        self, ops: CpuOps, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
+        self, ops: Recordable, view: TargetView, call: "_Call", hidden_BH: Tensor, k: int
     ) -> "_Recording":
         """k steps, the argmax of each embedded by the next.
 
         With `ONE_STEP` the carried state is left in `hidden_BH`, where the next replay reads it.
         """
         assert isinstance(view.ops, Recordable)
-        token_B, carried_BH = call.token_B, hidden_BH
-        best: list[Tensor] = []
-        sure: list[Tensor] = []
-        logits_BV = None
-        with recording(ops, view.ops) as program:
+
+        def steps() -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+            token_B, carried_BH, logits_BV = call.token_B, hidden_BH, None
+            best: list[Tensor] = []
+            sure: list[Tensor] = []
             for i in range(max(k, 1)):
                 embedded_BH = view.embed(token_B)
                 normed_Bh = self.model.step(embedded_BH, carried_BH, call.position_B, call.attend)
                 if k == ONE_STEP:
                     logits_BV = self.model.logits(normed_Bh)
-                    token_B, sure_B = ops.best(logits_BV)
+                    token_B, sure_B = self.model.ops.best(logits_BV)
                 else:
                     token_B, sure_B = self.model.best(normed_Bh)
                 best.append(token_B)
@@ -175,7 +175,10 @@ class Gemma4AssistantDrafter:
                     carried_BH = self.model.carry(normed_Bh)
             if k == ONE_STEP:
                 ops.copy_rows(carried_BH, hidden_BH)
-        return _Recording(call, hidden_BH, program, logits_BV, best, sure)
+            return logits_BV, best, sure
+
+        program, made = record(steps, ops, view.ops)
+        return _Recording(call, hidden_BH, program, *made)
 
     def _numbers(self, memory: Memory, sequences: Sequence[SequenceView]) -> Tensor:
         """One query a sequence, over the keys 0 .. n - 2, which the target has verified.
@@ -193,6 +196,7 @@ class Gemma4AssistantDrafter:
         return memory.tables.behind(rows)
 
     def _call(self, memory: Memory, numbers: Tensor) -> "_Call":
+        numbers = numbers.to(memory.device)
         own, tables = memory.tables.views(numbers, 4 + len(self.kv_layers))
         token_B, position_B, sequence_B, hi_B, *lo = own
         rows = {

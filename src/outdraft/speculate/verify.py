@@ -78,7 +78,7 @@ def verify_own(draft_ids: Sequence[int], draw: Callable[[int], int]) -> Verdict:
 def verify_block(
     draft_ids_K: Tensor,
     q_KV: Tensor | None,
-    p_RV: Tensor,
+    p_RV: Tensor | Sequence[Tensor],
     accept_u_K: Sequence[float],
     final_u_R: Sequence[float],
 ) -> Verdict:
@@ -98,8 +98,8 @@ def verify_block(
             n-gram): then q is 1 at the draft, whatever the drafter's scores say, and this is
             `verify_own`. None is right for drawn drafts too, but keeps fewer of them; a q they
             were not drawn from never is.
-        p_RV: [K + 1, V], the target's, after temperature and filters. Rows behind a draft that p
-            excludes are not looked at.
+        p_RV: [K + 1, V] or its rows, the target's, after temperature and filters. Rows behind a
+            draft that p excludes are not looked at.
         accept_u_K: a number in [0, 1) for the test of each draft (`Purpose.ACCEPT`).
         final_u_R: a number in [0, 1) for the target's token, for each row where the block may end
             (`Purpose.TARGET`); only the one of the row where it ends is used.
@@ -108,7 +108,7 @@ def verify_block(
         OutdraftError: the target's distribution is not one (NaN).
     """
     n_drafts = draft_ids_K.shape[0]
-    assert p_RV.shape[0] == len(final_u_R) == n_drafts + 1 and len(accept_u_K) == n_drafts
+    assert len(p_RV) == len(final_u_R) == n_drafts + 1 and len(accept_u_K) == n_drafts
     if q_KV is None:
         return verify_own(draft_ids_K.tolist(), lambda i: sample(p_RV[i], final_u_R[i]))
     shares = block_shares(draft_ids_K, q_KV, p_RV)
@@ -121,14 +121,13 @@ def verify_block(
     return Verdict(i, sample(row_V, final_u_R[i]))
 
 
-def block_shares(draft_ids_K: Tensor, q_KV: Tensor, p_RV: Tensor) -> list[float]:
+def block_shares(draft_ids_K: Tensor, q_KV: Tensor, p_RV: Tensor | Sequence[Tensor]) -> list[float]:
     """s_0 .. s_K of `verify_block`: the probability that so many drafts or more stay."""
-    rows_K = torch.arange(draft_ids_K.shape[0], device=p_RV.device)
-    q_K = q_KV[rows_K, draft_ids_K].double()
-    assert bool((q_K > 0).all()), "a token that was drawn has a probability"
     shares = [1.0]
-    for ratio in (p_RV[rows_K, draft_ids_K].double() / q_K).tolist():
-        shares.append(min(shares[-1] * ratio, 1.0))  # in this order NaN stays NaN
+    for i, draft in enumerate(draft_ids_K.tolist()):
+        q = float(q_KV[i, draft])
+        assert q > 0, "a token that was drawn has a probability"
+        shares.append(min(shares[-1] * (float(p_RV[i][draft]) / q), 1.0))  # so NaN stays NaN
     return shares
 
 
@@ -140,5 +139,5 @@ def block_residual(share: float, q_V: Tensor, p_V: Tensor) -> tuple[Tensor, floa
     """
     excess_V = (p_V * share - q_V).clamp_(min=0)
     mass = float(excess_V.sum(dtype=torch.float64))
-    left = mass + 1 - share
+    left = mass + (1 - share)  # in this order a share of 1 gives a chance of 1
     return excess_V, mass / left if left else 0.0

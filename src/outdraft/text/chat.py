@@ -50,19 +50,10 @@ class ChatTemplate:
         Raises:
             ModelError: the file cannot be read, or the template is not valid.
         """
-        config = read_json_if_there(directory / TOKENIZER_CONFIG_NAME)
-        path = directory / TEMPLATE_NAME
-        if path.is_file():
-            try:
-                source: str | None = path.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"{path} cannot be read: {error}", "download the file again"
-                ) from error
-        else:
-            source = _default_template(config.get("chat_template"))
+        source = template_source(directory)
         if source is None:
             return None
+        config = read_json_if_there(directory / TOKENIZER_CONFIG_NAME)
         tokens = {name: token_text(config[name]) for name in config if name.endswith("_token")}
         return cls(source, {name: text for name, text in tokens.items() if text is not None})
 
@@ -108,6 +99,22 @@ class ChatTemplate:
                 f"the chat template refuses these messages: {error}",
                 "check the roles, their order and the contents of the messages",
             ) from error
+
+
+def template_source(directory: Path) -> str | None:
+    """The template of a model directory as it is written; None when there is none.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    path = directory / TEMPLATE_NAME
+    if not path.is_file():
+        config = read_json_if_there(directory / TOKENIZER_CONFIG_NAME)
+        return _default_template(config.get("chat_template"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "download the file again") from error
 
 
 def _limited(pieces: Iterator[str]) -> Iterator[str]:

@@ -24,10 +24,20 @@ class IncrementalDetokenizer:
 
     Each push decodes a few tokens only. A run of byte tokens (`<0xE2>`) is held until it ends,
     because SentencePiece decoders judge the run as a whole: one bad byte spoils all of it.
+
+    Args:
+        prompt_ids: what comes before.
+        shown: special tokens that have a text here, their spelling. They end what is before them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._pending: list[int] = []  # a run of byte tokens that may go on
         window: list[int] = []
         for token_id in reversed(prompt_ids):
@@ -45,7 +55,11 @@ class IncrementalDetokenizer:
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; often the token's own, sometimes none."""
         if not self._tokenizer.has_text(token_id):
-            return ""
+            if token_id not in self._shown:
+                return ""
+            text = self.flush()
+            self._end_run()
+            return text + (self._tokenizer.id_to_token(token_id) or "")
         self._pending.append(token_id)
         if self._tokenizer.is_byte(token_id):
             return ""
@@ -66,6 +80,15 @@ class IncrementalDetokenizer:
             self._n_shown = len(certain(self._tokenizer.decode(self._window)))
         self._pending = []
         return new
+
+    def _end_run(self) -> None:
+        """Let no run of byte tokens go on: its text is out, and more bytes would change it."""
+        if not any(self._tokenizer.is_byte(token) for token in self._window):
+            return
+        window = [token for token in self._window if not self._tokenizer.is_byte(token)]
+        # any token does: the context only says that what follows is not the first of the text
+        self._window = window or self._tokenizer.encode("a", add_special_tokens=False)
+        self._n_shown = len(self._tokenizer.decode(self._window))
 
     def _shown_of_prompt(self) -> int:
         """Length of the window's text that belongs to the prompt."""

@@ -91,7 +91,8 @@ class _Plan:
 class Weights(Mapping[str, torch.Tensor | StoredWeight]):
     """The tensors of a checkpoint by canonical name; each is read when it is asked for.
 
-    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows.
+    With `stored`, matrices come as `StoredWeight`, to be read in ranges of rows. The rest
+    is put on `device`.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
         self.checkpoint = plan.checkpoint
         self.dtype = dtype
         self.stored = stored
+        self.device: torch.device | None = None
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._expected if name in self._plan)
@@ -124,7 +126,7 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
             weight = self._stored(name, wanted.shape)
             return weight if self.stored else weight.floats()
         tensor = self._plan.checkpoint.get(self._plan.sources[name])
-        return tensor.to(wanted.dtype or self.dtype)
+        return tensor.to(device=self.device, dtype=wanted.dtype or self.dtype)
 
     @property
     def n_params(self) -> int:

@@ -43,7 +43,7 @@ GREEDY = {
 
 
 class Server:
-    """A running llama-server and the connection to it."""
+    """A running llama-server and how to reach it."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, output: Path) -> None:
         self.process = process
@@ -62,7 +62,7 @@ class Server:
                 if self.request("GET", "/health").get("status") == "ok":
                     return
             except (OSError, HTTPException, ValueError):
-                self.connection.close()
+                pass  # not yet
             time.sleep(0.05)
         said = self.output.read_text(errors="replace")[-800:].strip()
         raise OutdraftError(
@@ -71,10 +71,13 @@ class Server:
         )
 
     def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """One exchange of JSON."""
+        """One exchange of JSON, by a connection of its own: the server ends idle ones."""
         content = None if body is None else json.dumps(body)
-        self.connection.request(method, path, content, {"Content-Type": "application/json"})
-        answer = json.loads(self.connection.getresponse().read())
+        try:
+            self.connection.request(method, path, content, {"Content-Type": "application/json"})
+            answer = json.loads(self.connection.getresponse().read())
+        finally:
+            self.connection.close()
         assert isinstance(answer, dict)
         return answer
 
@@ -109,7 +112,6 @@ class Server:
 
     def stop(self) -> None:
         """End the process."""
-        self.connection.close()
         self.process.terminate()
         try:
             self.process.wait(STOP_S)

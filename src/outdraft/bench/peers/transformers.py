@@ -65,6 +65,8 @@ def build_peer(target: Target, assistant: Path, k: int) -> Peer:
         _assistant_config(assistant),
         assistant_state(assistant, target.dtype),
     )
+    model.to(target.ops.device)
+    drafter.to(target.ops.device)
     drafter.generation_config.num_assistant_tokens = k
     arms = [Arm(PLAIN, _measure(model, None)), Arm(ASSISTED, _measure(model, drafter))]
     return Peer(arms, {"name": NAME, "version": str(transformers.__version__), "patched": True})
@@ -109,7 +111,7 @@ def _measure(model: Any, assistant: Any) -> Any:
     @torch.inference_mode()
     def measure(tokens: Sequence[int], params: SamplingParams) -> Measurement:
         assert params.greedy, "transformers' assisted sampling is not lossless"
-        ids = torch.tensor([list(tokens)])
+        ids = torch.tensor([list(tokens)], device=model.device)
         clock = Clock()
         ours = torch.get_num_threads()  # 1 while our kernels have the processor
         torch.set_num_threads(max(ours, _core.threads()))

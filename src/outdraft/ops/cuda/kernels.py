@@ -1,8 +1,7 @@
-"""Triton kernels whose sums run in an order that no other row of the call can change.
+"""Triton kernels beside the products (linears.py); no other row can change the order of a sum.
 
-A linear multiplies blocks of 16 padded rows: tile sizes and the split of K are the weight's, never
-the call's. Attention splits a row's keys every `SPLIT_KEYS` positions from the page of its first
-key and merges the parts in order. Not here: allocation and launching (ops.py).
+Attention takes a row's keys page by page and merges the parts in order. Not here: allocation and
+launching (ops.py, attention.py).
 """
 
 # mypy: ignore-errors
@@ -10,134 +9,13 @@ key and merges the parts in order. Not here: allocation and launching (ops.py).
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT: tl.constexpr):
-    """A tile into `out`; of several parts the last to arrive adds all of them in order."""
-    mask = (rows[:, None] < n_rows) & (cols[None, :] < N)
-    at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    if SPLIT == 1:
-        tl.store(out + at, acc, mask=mask)
-    else:
-        size = n_rows.to(tl.int64) * N
-        tl.store(parts + tl.program_id(1) * size + at, acc, mask=mask)
-        tl.debug_barrier()
-        ticket = tickets + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
-            for part in tl.static_range(1, SPLIT):
-                total += tl.load(parts + part * size + at, mask=mask, other=0.0,
-                                 cache_modifier=".cg")  # fmt: skip
-            tl.store(out + at, total, mask=mask)
-            tl.store(ticket, 0)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
-def linear_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
-                  SCALED: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  EVEN: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """One [16, BN] tile of one part of K; EVEN: tiles cover N and K exactly.
-
-    TILES is n_tiles for Triton's interpreter, which has no loops of a run-time length, else 0.
-    """
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.program_id(2) * 16 + tl.arange(0, 16)
-    first = tl.program_id(1) * n_tiles * BK
-    ks = tl.arange(0, BK)
-    acc = tl.zeros((16, BN), tl.float32)
-    for tile in range(TILES if TILES > 0 else n_tiles):
-        k = first + tile * BK + ks
-        at = cols[:, None].to(tl.int64) * K + k[None, :]
-        if EVEN:
-            x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
-                             mask=rows[:, None] < n_rows, other=0.0)  # fmt: skip
-            w_tile = tl.load(w + at, eviction_policy="evict_first")
-        else:
-            x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
-                             mask=(rows[:, None] < n_rows) & (k[None, :] < K),
-                             other=0.0)  # fmt: skip
-            w_tile = tl.load(w + at, mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)
-        acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).T, acc)
-    if SCALED:
-        acc = acc * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
-    _finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
-def linear4_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
-                   SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   TILES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """As linear_kernel, of 4-bit weights: byte j holds k = 64 (j // 32) + j % 32 and k + 32.
-
-    BK bytes a tile; `scales` [N, K / 32], of a bf16 product of scale and value.
-    """
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.program_id(2) * 16 + tl.arange(0, 16)
-    first = tl.program_id(1) * n_tiles * BK
-    acc = tl.zeros((16, BN), tl.float32)
-    for tile in range(TILES if TILES > 0 else n_tiles):
-        start = first + tile * BK
-        j = start + tl.arange(0, BK)
-        k = j // 32 * 64 + j % 32
-        x_mask = (rows[:, None] < n_rows) & (k[None, :] < K)
-        x_at = x + rows[:, None] * x_stride + k[None, :]
-        x_low = tl.load(x_at, mask=x_mask, other=0.0).to(tl.bfloat16)
-        x_high = tl.load(x_at + 32, mask=x_mask, other=0.0).to(tl.bfloat16)
-        mask = (cols[:, None] < N) & (j[None, :] < K // 2)
-        q = tl.load(w + cols[:, None].to(tl.int64) * (K // 2) + j[None, :], mask=mask, other=0)
-        g = start // 32 + tl.arange(0, BK // 32)
-        s_at = scales + cols[:, None].to(tl.int64) * (K // 32) + 2 * g[None, :]
-        s_mask = (cols[:, None] < N) & (g[None, :] < K // 64)
-        s_low = tl.load(s_at, mask=s_mask, other=0.0)
-        s_high = tl.load(s_at + 1, mask=s_mask, other=0.0)
-        low = ((q & 15).to(tl.int8) - 8).to(DOT)
-        high = ((q >> 4).to(tl.int8) - 8).to(DOT)
-        wide: tl.constexpr = (BN, BK // 32, 32)
-        low = low * tl.broadcast_to(s_low.to(DOT)[:, :, None], wide).reshape(BN, BK)
-        high = high * tl.broadcast_to(s_high.to(DOT)[:, :, None], wide).reshape(BN, BK)
-        acc = tl.dot(x_low.to(DOT), low.to(DOT).T, acc)
-        acc = tl.dot(x_high.to(DOT), high.to(DOT).T, acc)
-    _finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
-
-
-@triton.jit(do_not_specialize=["n_pairs"])
-def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
-                  PER_PAIR: tl.constexpr, PAIRS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  DOT: tl.constexpr):  # fmt: skip
-    """Rows of pairs times their own block of the weight [E, N, K]; `out` is [pairs, N].
-
-    Every sixteenth pair of a block leads: its program reads the block's weights once for itself
-    and the up to 15 pairs of the block behind it. A row's sum runs over K alone.
-    """
-    lead = tl.program_id(1)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    q = tl.arange(0, PAIRS)
-    block = tl.load(ids + lead)
-    same = (tl.load(ids + q, mask=q < n_pairs, other=-1) == block).to(tl.int32)
-    before = tl.sum(tl.where(q < lead, same, 0), 0)
-    if before % 16 == 0:
-        rank = tl.cumsum(same, 0) - 1 - before
-        i = tl.arange(0, 16)
-        hit = (same[None, :] > 0) & (rank[None, :] == i[:, None])
-        pairs = tl.max(tl.where(hit, q[None, :], -1), 1)
-        real = pairs >= 0
-        rows = pairs if PER_PAIR else pairs // A
-        base = w + block.to(tl.int64) * N * K
-        acc = tl.zeros((16, BN), tl.float32)
-        for start in range(0, K, BK):
-            k = start + tl.arange(0, BK)
-            x_tile = tl.load(x + rows[:, None] * K + k[None, :],
-                             mask=real[:, None] & (k[None, :] < K), other=0.0)  # fmt: skip
-            tile = tl.load(base + cols[:, None] * K + k[None, :],
-                           mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
-            acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), tile.to(DOT).T, acc)
-        tl.store(out + pairs[:, None] * N + cols[None, :], acc,
-                 mask=real[:, None] & (cols[None, :] < N))  # fmt: skip
+from outdraft.ops.cuda.linears import begin
 
 
 @triton.jit
-def combine_kernel(y, weights, out, K, A: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(y, weights, out, K, A: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Sum of a row's experts in the order of its ids."""
+    begin(PDL)
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -149,8 +27,9 @@ def combine_kernel(y, weights, out, K, A: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def route_kernel(scores, per_expert, ids, weights, E, A: tl.constexpr, SCALED: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+                 BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The A largest of a row, the lowest id of equals, softmax weights that sum to one."""
+    begin(PDL)
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK)
     s = tl.load(scores + row * E + e, mask=e < E, other=float("-inf"))
@@ -174,36 +53,47 @@ def route_kernel(scores, per_expert, ids, weights, E, A: tl.constexpr, SCALED: t
 
 @triton.jit
 def norm_kernel(x, residual, w, w_next, y, normed, K, eps, scale, ADD: tl.constexpr,
-                HAS_W: tl.constexpr, HAS_NEXT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                HAS_W: tl.constexpr, HAS_NEXT: tl.constexpr, BLOCK: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """rms_norm(x, w); with ADD also y = (residual + that) * scale, and y's norm."""
+    begin(PDL)
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     mask = k < K
     v = tl.load(x + row * K + k, mask=mask, other=0.0).to(tl.float32)
+    # All that is read is asked for before the first sum: no other work hides what a read takes.
+    if HAS_W:
+        gain = tl.load(w + k, mask=mask, other=0.0)
+    if ADD:
+        r = tl.load(residual + row * K + k, mask=mask, other=0.0).to(tl.float32)
+        if HAS_NEXT:
+            gain_next = tl.load(w_next + k, mask=mask, other=0.0)
     v = v * (1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps))
     if HAS_W:
-        v = v * tl.load(w + k, mask=mask, other=0.0)
+        v = v * gain
     if ADD:
-        v = (tl.load(residual + row * K + k, mask=mask, other=0.0).to(tl.float32) + v) * scale
+        v = (r + v) * scale
         tl.store(y + row * K + k, v, mask=mask)
         v = v * (1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps))
         if HAS_NEXT:
-            v = v * tl.load(w_next + k, mask=mask, other=0.0)
+            v = v * gain_next
     tl.store(normed + row * K + k, v, mask=mask)
 
 
 @triton.jit
 def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE, S_STRIDE, eps,
-                D: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
-                PAGED: tl.constexpr):  # fmt: skip
+                D: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
+                PAGED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm and rotation of one head; into pages [P, G, S, D] when PAGED."""
+    begin(PDL)
     t = tl.program_id(0)
     g = tl.program_id(1)
     i = tl.arange(0, D // 2)
     a = tl.load(x + t * t_stride + g * D + i).to(tl.float32)
     b = tl.load(x + t * t_stride + g * D + D // 2 + i).to(tl.float32)
-    r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-    a, b = a * r, b * r
+    if NORM:
+        r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+        a, b = a * r, b * r
     if HAS_W:
         a = a * tl.load(w + i)
         b = b * tl.load(w + D // 2 + i)
@@ -221,82 +111,206 @@ def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE
 
 
 @triton.jit
-def gated_kernel(gate, up, out, g_stride, u_stride, K, BLOCK: tl.constexpr):
-    """gelu_tanh(gate) * up."""
+def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """gelu_tanh(gate) * up, or silu(gate) * up."""
+    begin(PDL)
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * g_stride + k, mask=k < K, other=0.0).to(tl.float32)
     u = tl.load(up + row * u_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-    tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
-    tl.store(out + row * K + k, 0.5 * g * (1.0 + tanh) * u, mask=k < K)
+    if SILU:
+        v = g / (1.0 + tl.exp(-g))
+    else:
+        z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
+        v = 0.5 * g * (1.0 + tanh)
+    tl.store(out + row * K + k, v * u, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["width", "n_splits"])
+@triton.jit(do_not_specialize=["n_rows", "width", "n_splits"])
 def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, part, stats, scale,
-                     width, n_splits, G, D: tl.constexpr, GROUP: tl.constexpr,
+                     n_rows, width, n_splits, G, D: tl.constexpr, GROUP: tl.constexpr,
                      GP: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
-                     SPLIT_KEYS: tl.constexpr):  # fmt: skip
-    """One row, one key/value head, one part of its keys: unnormalised sums, maxima, totals."""
+                     PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One page of one key/value head for a few rows: unnormalised sums, maxima, totals.
+
+    Rows of a sequence whose last keys follow one another and have the same quotient by R go
+    together: the program of the first reads the page once for all of them, those of the others
+    end at once. Each row has its own line of every product.
+    """
+    begin(PDL)
+    R: tl.constexpr = GP // GROUP
     t = tl.program_id(0)
     g = tl.program_id(1)
-    split = tl.program_id(2)
-    h = tl.arange(0, GP)
-    d = tl.arange(0, D)
-    n_heads = G * GROUP
-    head = g * GROUP + h
-    real = h < GROUP
-    q_HD = tl.load(q + (t * n_heads + head[:, None]) * D + d[None, :],
-                   mask=real[:, None], other=0.0).to(keys.dtype.element_ty)  # fmt: skip
-    b = tl.load(sequence + t)
-    lo, hi = tl.load(lo_T + t), tl.load(hi_T + t)
-    first = tl.load(first_page + b)
-    start = lo // SLOTS * SLOTS + split * SPLIT_KEYS
-    top = tl.full((GP,), -1e30, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    acc = tl.zeros((GP, D), tl.float32)
-    base = start
-    while base < tl.minimum(start + SPLIT_KEYS, hi + 1):
-        p = base + tl.arange(0, TILE)
-        page = tl.load(table + b * width + base // SLOTS - first).to(tl.int64)
-        at = ((page * G + g) * SLOTS + p % SLOTS)[:, None] * D + d[None, :]
-        k_PD = tl.load(keys + at)
-        s = tl.dot(q_HD, k_PD.T) * scale
-        s = tl.where(((p >= lo) & (p <= hi))[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        w = tl.exp(s - new[:, None])
-        fade = tl.exp(top - new)
-        total = total * fade + tl.sum(w, 1)
-        v_PD = tl.load(values + at)
-        acc = tl.dot(w.to(v_PD.dtype), v_PD, acc * fade[:, None])
-        top = new
-        base += TILE
-    row = ((t * n_splits + split) * n_heads + head).to(tl.int64)
-    tl.store(part + row[:, None] * D + d[None, :], acc, mask=real[:, None])
-    tl.store(stats + row * 2, top, mask=real)
-    tl.store(stats + row * 2 + 1, total, mask=real)
+    b, hi = tl.load(sequence + t), tl.load(hi_T + t)
+    before = tl.maximum(t - 1, 0)
+    follows = (tl.load(sequence + before) == b) & (tl.load(hi_T + before) + 1 == hi)
+    if (t == 0) | (follows == 0) | (hi % R == 0):
+        m = tl.arange(0, GP)
+        r = m // GROUP
+        row = tl.minimum(t + r, n_rows - 1)
+        real = (r < R) & (t + r < n_rows) & (tl.load(sequence + row) == b)
+        hi_M, lo_M = tl.load(hi_T + row), tl.load(lo_T + row)
+        real &= (hi_M == hi + r) & (hi_M // R == hi // R)
+        page = tl.min(tl.where(real, lo_M, 2147483647), 0) // SLOTS + tl.program_id(2)
+        start = page * SLOTS
+        if start <= tl.max(tl.where(real, hi_M, -1), 0):
+            d = tl.arange(0, D)
+            n_heads = G * GROUP
+            head = g * GROUP + m % GROUP
+            at_page = tl.load(table + b * width + page - tl.load(first_page + b)).to(tl.int64)
+            at_q = (row * n_heads + head)[:, None].to(tl.int64) * D + d[None, :]
+            q_MD = tl.load(q + at_q, mask=real[:, None], other=0.0)
+            q_MD = q_MD.to(keys.dtype.element_ty).to(DOT)
+            top = tl.full((GP,), -1e30, tl.float32)
+            total = tl.zeros((GP,), tl.float32)
+            acc = tl.zeros((GP, D), tl.float32)
+            for tile in tl.static_range(SLOTS // TILE):
+                slot = tile * TILE + tl.arange(0, TILE)
+                p = start + slot
+                at = ((at_page * G + g) * SLOTS + slot)[:, None] * D + d[None, :]
+                k_PD = tl.load(keys + at).to(DOT)
+                v_PD = tl.load(values + at)
+                s = tl.dot(q_MD, k_PD.T) * scale
+                seen = (p[None, :] >= lo_M[:, None]) & (p[None, :] <= hi_M[:, None])
+                s = tl.where(seen, s, float("-inf"))
+                new = tl.maximum(top, tl.max(s, 1))
+                w = tl.exp(s - new[:, None])
+                fade = tl.exp(top - new)
+                total = total * fade + tl.sum(w, 1)
+                acc = tl.dot(w.to(v_PD.dtype).to(DOT), v_PD.to(DOT), acc * fade[:, None])
+                top = new
+            split = page - lo_M // SLOTS
+            stored = real & (split >= 0) & (start <= hi_M)
+            at_part = ((row * n_splits + split) * n_heads + head).to(tl.int64)
+            tl.store(part + at_part[:, None] * D + d[None, :], acc, mask=stored[:, None])
+            tl.store(stats + at_part * 2, top, mask=stored)
+            tl.store(stats + at_part * 2 + 1, total, mask=stored)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
 def attention_merge_kernel(part, stats, lo_T, hi_T, out, n_splits, H, D: tl.constexpr,
-                           SLOTS: tl.constexpr, SPLIT_KEYS: tl.constexpr):  # fmt: skip
-    """Parts of a row's head in order; parts behind its last key are not read."""
+                           BD: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
+                           PDL: tl.constexpr):  # fmt: skip
+    """Parts of a row's head, PARTS at a time in order; parts behind its last key are not read."""
+    begin(PDL)
     t = tl.program_id(0)
     h = tl.program_id(1)
-    d = tl.arange(0, D)
-    used = tl.load(hi_T + t) + 1 - tl.load(lo_T + t) // SLOTS * SLOTS
-    n_used = (used + SPLIT_KEYS - 1) // SPLIT_KEYS
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    n_used = tl.load(hi_T + t) // SLOTS - tl.load(lo_T + t) // SLOTS + 1
     top = -1e30
     total = 0.0
-    acc = tl.zeros((D,), tl.float32)
-    split = 0
-    while split < n_used:
-        row = ((t * n_splits + split) * H + h).to(tl.int64)
-        own = tl.load(stats + row * 2)
-        new = tl.maximum(top, own)
-        a, b = tl.exp(top - new), tl.exp(own - new)
-        acc = acc * a + tl.load(part + row * D + d) * b
-        total = total * a + tl.load(stats + row * 2 + 1) * b
+    acc = tl.zeros((BD,), tl.float32)
+    base = 0
+    while base < n_used:
+        i = base + tl.arange(0, PARTS)
+        row = ((t * n_splits + i) * H + h).to(tl.int64)
+        own = tl.load(stats + row * 2, mask=i < n_used, other=-1e30)
+        sums = tl.load(stats + row * 2 + 1, mask=i < n_used, other=0.0)
+        parts = tl.load(part + row[:, None] * D + d[None, :], mask=(i < n_used)[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(own, 0))
+        fade, w = tl.exp(top - new), tl.where(i < n_used, tl.exp(own - new), 0.0)
+        acc = acc * fade + tl.sum(parts * w[:, None], 0)
+        total = total * fade + tl.sum(sums * w, 0)
         top = new
-        split += 1
+        base += PARTS
     tl.store(out + (t * H + h).to(tl.int64) * D + d, acc / total)
+
+
+@triton.jit
+def add_kernel(x, residual, out, scale, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """(residual + x) * scale."""
+    begin(PDL)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    v = tl.load(residual + i, mask=mask, other=0.0) + tl.load(x + i, mask=mask, other=0.0)
+    tl.store(out + i, v * scale, mask=mask)
+
+
+@triton.jit
+def concat_kernel(a, b, out, a_stride, b_stride, K, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Columns of a, then columns of b."""
+    begin(PDL)
+    t = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(a + t * a_stride + i, mask=i < K, other=0.0).to(tl.float32)
+    other = tl.load(b + t * b_stride + i - K, mask=(i >= K) & (i < K + N), other=0.0)
+    v = tl.where(i < K, own, other.to(tl.float32))
+    tl.store(out + t * (K + N) + i, v, mask=i < K + N)
+
+
+@triton.jit
+def softcap_kernel(logits, cap, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """tanh(x / cap) * cap in place; near zero a series, where the quotient would cancel."""
+    begin(PDL)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(logits + i, mask=i < n, other=0.0) / cap
+    far = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
+    s = z * z
+    near = z * (1.0 - s * (0.33333333 - s * (0.13333333 - s * 0.05396825)))
+    tl.store(logits + i, tl.where(tl.abs(z) < 0.1, near, far) * cap, mask=i < n)
+
+
+@triton.jit
+def best_kernel(logits, value, index, mass, V, n_parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Largest of one part of a row, its lowest place, and the sum of exp of all less it.
+
+    What is no number counts as infinite.
+    """
+    begin(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(logits + t * V + i, mask=i < V, other=float("-inf"))
+    v = tl.where(v != v, float("inf"), v)  # noqa: PLR0124
+    top = tl.max(v, 0)
+    tl.store(value + t * n_parts + part, top)
+    tl.store(index + t * n_parts + part, tl.min(tl.where(v == top, i, 2147483647), 0))
+    tl.store(mass + t * n_parts + part, tl.sum(tl.exp(v - tl.maximum(top, -1e30)), 0))
+
+
+@triton.jit
+def best_merge_kernel(value, index, mass, out, sure, n_parts, PARTS: tl.constexpr,
+                      PDL: tl.constexpr):  # fmt: skip
+    """The lowest place of a row's largest, and what softmax gives it."""
+    begin(PDL)
+    t = tl.program_id(0)
+    i = tl.arange(0, PARTS)
+    v = tl.load(value + t * n_parts + i, mask=i < n_parts, other=float("-inf"))
+    at = tl.load(index + t * n_parts + i, mask=i < n_parts, other=2147483647)
+    sums = tl.load(mass + t * n_parts + i, mask=i < n_parts, other=0.0)
+    top = tl.max(v, 0)
+    tl.store(out + t, tl.min(tl.where(v == top, at, 2147483647), 0))
+    tl.store(sure + t, 1.0 / tl.sum(sums * tl.exp(v - top), 0))
+
+
+@triton.jit
+def top_kernel(scores, out, E, A: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Ids of the A largest of a row, the lowest of equals first: each counts those before it."""
+    begin(PDL)
+    t = tl.program_id(0)
+    own = tl.program_id(1) * 64 + tl.arange(0, 64)
+    e = tl.arange(0, BLOCK)
+    s_own = tl.load(scores + t * E + own, mask=own < E, other=float("-inf"))[:, None]
+    s = tl.load(scores + t * E + e, mask=e < E, other=float("-inf"))[None, :]
+    ahead = (s > s_own) | ((s == s_own) & (e[None, :] < own[:, None]))
+    place = tl.sum((ahead & (e < E)[None, :]).to(tl.int32), 1)
+    tl.store(out + t * A + place, own, mask=(own < E) & (place < A))
+
+
+@triton.jit
+def best_of_blocks_kernel(scores, ids, chosen, out, sure, N, A: tl.constexpr, BLOCK: tl.constexpr,
+                          PDL: tl.constexpr):  # fmt: skip
+    """The lowest id of a row's largest score over its A blocks, and what softmax gives it."""
+    begin(PDL)
+    t = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    mask = i < A * N
+    v = tl.load(scores + t * A * N + i, mask=mask, other=float("-inf"))
+    v = tl.where(v != v, float("inf"), v)  # noqa: PLR0124
+    block = tl.load(chosen + t * A + i // N, mask=mask, other=0)
+    token = tl.load(ids + block * N + i % N, mask=mask, other=2147483647)
+    top = tl.max(v, 0)
+    tl.store(out + t, tl.min(tl.where(v == top, token, 2147483647), 0))
+    tl.store(sure + t, 1.0 / tl.sum(tl.exp(v - top), 0))

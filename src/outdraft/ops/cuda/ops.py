@@ -1,97 +1,81 @@
-"""`CudaOps`: a model's operations on one GPU, from Triton kernels (kernels.py).
+"""`CudaOps`: a model's operations on one GPU, from Triton kernels.
 
-Activations are fp32, weights bf16, int8 with a scale a row or 4 bits with a scale for 32, products
-bf16 with fp32 sums. PyTorch's own part (lookups, soft-cap, arg-max by comparison) has no sum but
-`best`'s, which decides no token.
-Recording is a CUDA graph. A linear's tiles are chosen by its weight's shape, never by its rows.
+The residual stream and what linears give is fp32; what only linears read is bf16, as is every
+product's input; sums are fp32. Recording is a CUDA graph. Not here: the kernels (linears.py,
+kernels.py), packing (weights.py), how linears are cut (cuts.py).
 
 Shapes: as in ops/base.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
 
-from outdraft.ops.base import PAGE_SLOTS, AttentionRows, KvPages, PageSlots, Role, Rotary
-from outdraft.ops.cuda import kernels
-from outdraft.ops.reference import probability_of_largest
+from outdraft.ops.base import (
+    Activation,
+    AttentionRows,
+    KvPages,
+    PageSlots,
+    Role,
+    Rotary,
+)
+from outdraft.ops.cuda import kernels, linears
+from outdraft.ops.cuda.attention import attend
+from outdraft.ops.cuda.cuts import Cut, cut_of
+from outdraft.ops.cuda.graph import GraphProgram
+from outdraft.ops.cuda.missing import NoRecurrence
+from outdraft.ops.cuda.product import launch
+from outdraft.ops.cuda.weights import CudaWeight, pack
+from outdraft.ops.packed import Format
+from outdraft.ops.record import Replayable
+from outdraft.ops.stored import StoredWeight
 
-SPLIT_KEYS = 2 * PAGE_SLOTS
-WAVES = 132 * 2  # programs under which tiles of N alone leave processors idle
 MAX_PAIRS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How a linear is cut: outputs and inputs a tile, warps, pipeline stages, parts of K."""
-
-    tile_n: int = 64
-    tile_k: int = 128
-    warps: int = 4
-    stages: int = 4
-    split: int = 1
-
-    @classmethod
-    def of(cls, n: int, k: int) -> "Cut":
-        """A cut for any card."""
-        split = 1
-        while split < 4 and n * split // 64 < WAVES and k // (split * 2) >= 512:
-            split *= 2
-        return cls(split=split)
-
-
-def cuts_to_try(n: int, k: int) -> list[Cut]:
-    """What `CudaOps.tune` measures."""
-    tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (32, 256, 4, 4), (128, 64, 4, 5), (64, 64, 4, 6),
-             (32, 128, 4, 6)]  # fmt: skip
-    splits = [s for s in (1, 2, 4) if s == 1 or (n * s <= 64 * WAVES * 4 and k // s >= 512)]
-    return [Cut(*tile, split) for tile in tiles for split in splits]
-
-
-@dataclass(frozen=True, slots=True)
-class CudaWeight:
-    """[N, K] or [E, N, K] on the device; of 4 bits `data` is [N, K / 2]."""
-
-    data: Tensor
-    scales: Tensor | None = None
-    bits: int = 16
-
-    @property
-    def n(self) -> int:
-        """Outputs."""
-        return self.data.shape[-2]
-
-    @property
-    def k(self) -> int:
-        """Inputs."""
-        return self.data.shape[-1] * (2 if self.bits == 4 else 1)
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory of all parts."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.data.nbytes + scales
+BEST_PART = 4096
+BLOCK = 1024
 
 
 @dataclass(slots=True)
-class CudaOps:
-    """See the module docstring."""
+class CudaOps(NoRecurrence):
+    """See the module docstring. A `device` of type cpu is Triton's interpreter, for tests.
+
+    Attributes:
+        format: how `pack` stores weights: `w4`, `w8` or `bf16`. Embeddings and heads get at least
+            8 bits; routers and experts are bf16.
+        pdl: kernels may be launched before their predecessor is done (compute capability 9.0).
+    """
 
     device: torch.device
-    format: Literal["bf16", "w8", "w4"] = "bf16"
+    format: Format = "bf16"
     kv_dtype: torch.dtype = torch.bfloat16
-    tune: bool = False
-    cuts: dict[tuple[int, int, int], Cut] = field(default_factory=dict)
+    pdl: bool = False
     tickets: dict[int, Tensor] = field(default_factory=dict)
+    program: GraphProgram | None = None
+    pool: Any = None
 
     def describe(self) -> str:
         """See `Ops.describe`."""
-        return f"{self.device.type} (Triton), {self.format}"
+        name = torch.cuda.get_device_name(self.device) if self._on_card else "Triton's interpreter"
+        kv = str(self.kv_dtype).removeprefix("torch.")
+        return f"cuda ({name}), {self.format}, {kv} keys"
+
+    @property
+    def _on_card(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def _dot(self) -> tl.dtype:
+        """Type of a product's inputs; Triton's interpreter has no bf16 products."""
+        return tl.bfloat16 if self._on_card else tl.float32
+
+    @property
+    def _launch(self) -> dict[str, Any]:
+        """What every kernel is told."""
+        return {"PDL": True, "launch_pdl": True} if self.pdl else {"PDL": False}
 
     @property
     def row_multiple(self) -> int:
@@ -99,104 +83,89 @@ class CudaOps:
         return 1
 
     @property
-    def _dot(self) -> tl.dtype:
-        """Type of a product's inputs; Triton's interpreter, on a CPU, has no bf16 products."""
-        return tl.float32 if self.device.type == "cpu" else tl.bfloat16
+    def records_all(self) -> bool:
+        """A graph holds PyTorch's operations too."""
+        return True
 
-    def pack(self, weight: Tensor, role: Role = "linear") -> CudaWeight:
-        """See `Ops.pack`."""
-        if self.format == "bf16" or role == "router" or weight.ndim == 3:
-            return CudaWeight(weight.to(self.device, torch.bfloat16).contiguous())
-        rows = weight.to(self.device, torch.float32)
-        if self.format == "w4" and weight.shape[1] % 64 == 0:
-            return pack4(rows)
-        scales = rows.abs().amax(1).clamp(min=1e-30) / 127
-        data = (rows / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return CudaWeight(data, scales, 8)
+    @property
+    def warms_up(self) -> bool:
+        """Kernels are compiled and loaded before they are recorded."""
+        return True
 
-    def pack_blocks(self, weight_VK: Tensor, ids_CN: Tensor) -> CudaWeight:
+    def begin(self, program: Replayable | None) -> GraphProgram:
+        """See `Recordable`."""
+        assert self.program is None and (program is None or isinstance(program, GraphProgram))
+        if program is None:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            program = GraphProgram(self.pool, self.device)
+        self.program = program
+        program.enter()
+        return program
+
+    def end(self) -> None:
+        """See `Recordable`."""
+        program, self.program = self.program, None
+        if program is not None:
+            program.leave()
+
+    def stored_as(self, role: Role) -> Format:
+        """How `pack` stores weights of this role."""
+        if role == "router":
+            return "bf16"
+        return "w8" if role == "embedding" and self.format == "w4" else self.format
+
+    def pack(self, weight: Tensor | StoredWeight, role: Role = "linear") -> CudaWeight:
+        """See `Ops.pack`. A `StoredWeight` is packed range by range while it is read."""
+        return pack(weight, self.stored_as(role), self.device)
+
+    def pack_blocks(self, weight_VK: Tensor | StoredWeight, ids_CN: Tensor) -> CudaWeight:
         """See `Ops.pack_blocks`."""
-        blocks = weight_VK.to(self.device)[ids_CN.to(self.device).long()]
-        return CudaWeight(blocks.to(torch.bfloat16).contiguous())
+        if isinstance(weight_VK, StoredWeight):
+            return pack(weight_VK.take(ids_CN.cpu()), "bf16", self.device)
+        return pack(weight_VK[ids_CN.to(weight_VK.device).long()], "bf16", self.device)
 
     def embed(self, weight: CudaWeight, token_T: Tensor, scale: float) -> Tensor:
         """See `Ops.embed`; fp32."""
-        if weight.bits == 4:
-            assert weight.scales is not None
-            return unpack4(weight.data[token_T.long()], weight.scales[token_T.long()]) * scale
-        rows_TK = weight.data[token_T.long()].float()
-        if weight.scales is not None:
-            rows_TK = rows_TK * weight.scales[token_T.long(), None]
-        return rows_TK * scale
+        t, k = token_T.shape[0], weight.k
+        out = self._empty(t, k)
+        scales = out if weight.scales is None else weight.scales
+        linears.embed_kernel[(t, triton.cdiv(k, BLOCK))](
+            weight.data, scales, token_T, out, scale, k, weight.k_tiles, scales.stride(0),
+            BITS=weight.bits, BLOCK=BLOCK, **self._launch,
+        )  # fmt: skip
+        return out
 
     def concat(self, a_TK: Tensor, b_TN: Tensor) -> Tensor:
         """See `Ops.concat`."""
-        return torch.cat((a_TK, b_TN), dim=-1)
-
-    def linear(self, x_TK: Tensor, weight: CudaWeight, dtype: torch.dtype | None = None) -> Tensor:
-        """See `Ops.linear`."""
-        x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-        out = torch.empty(x_TK.shape[0], weight.n, device=self.device, dtype=dtype or x_TK.dtype)
-        self._launch(x_TK, weight, out, self._cut(weight))
+        (t, k), n = a_TK.shape, b_TN.shape[1]
+        out = self._empty(t, k + n, dtype=torch.promote_types(a_TK.dtype, b_TN.dtype))
+        kernels.concat_kernel[(t, triton.cdiv(k + n, BLOCK))](
+            a_TK, b_TN, out, a_TK.stride(0), b_TN.stride(0), k, n, BLOCK=BLOCK, **self._launch
+        )
         return out
 
-    def _cut(self, weight: CudaWeight) -> Cut:
-        """One a shape of weight, for as long as this object lives."""
-        key = (weight.n, weight.k, weight.bits)
-        if key not in self.cuts:
-            cut = Cut.of(weight.n, weight.k)
-            if self.tune and not torch.cuda.is_current_stream_capturing():
-                x_TK = torch.randn(16, weight.k, device=self.device)
-                out = torch.empty(16, weight.n, device=self.device)
-                cut = min(
-                    cuts_to_try(weight.n, weight.k),
-                    key=lambda cut: do_bench_cudagraph(
-                        lambda: self._launch(x_TK, weight, out, cut), rep=2
-                    ),
-                )
-            self.cuts[key] = cut
-        return self.cuts[key]
+    def copy_rows(self, x_TK: Tensor, out_TK: Tensor) -> None:
+        """See `Recordable`."""
+        out_TK.copy_(x_TK)
 
-    def _launch(self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut) -> None:
-        t, n, k = x_TK.shape[0], weight.n, weight.k
-        parts = tickets = out
-        grid = (triton.cdiv(n, cut.tile_n), cut.split, triton.cdiv(t, 16))
-        if cut.split > 1:
-            parts = torch.empty(cut.split, t, n, device=self.device, dtype=torch.float32)
-            size = triton.next_power_of_2(grid[0] * grid[2])
-            if size not in self.tickets:
-                self.tickets[size] = torch.zeros(size, device=self.device, dtype=torch.int32)
-            tickets = self.tickets[size]
-        shared = {"SPLIT": cut.split, "BN": cut.tile_n, "num_warps": cut.warps,
-                  "num_stages": cut.stages, "DOT": self._dot}  # fmt: skip
-        on_card = self.device.type != "cpu"
-        scales = x_TK if weight.scales is None else weight.scales
-        if weight.bits == 4:
-            tile_k = max(32, cut.tile_k // 2)
-            n_tiles = triton.cdiv(triton.cdiv(k // 2, tile_k), cut.split)
-            kernels.linear4_kernel[grid](
-                x_TK, weight.data, scales, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
-                BK=tile_k, TILES=0 if on_card else n_tiles, **shared,
-            )  # fmt: skip
-            return
-        n_tiles = triton.cdiv(triton.cdiv(k, cut.tile_k), cut.split)
-        even = n % cut.tile_n == 0 and n_tiles * cut.split * cut.tile_k == k
-        kernels.linear_kernel[grid](
-            x_TK, weight.data, scales, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
-            SCALED=weight.scales is not None, BK=cut.tile_k, EVEN=even,
-            TILES=0 if on_card else n_tiles, **shared,
-        )  # fmt: skip
+    def linear(self, x_TK: Tensor, weight: CudaWeight, dtype: torch.dtype | None = None) -> Tensor:
+        """See `Ops.linear`; fp32 unless told."""
+        x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+        out = self._empty(x_TK.shape[0], weight.n, dtype=dtype or torch.float32)
+        self.launch_linear(x_TK, weight, out, cut_of(weight.n, weight.k, weight.bits))
+        return out
+
+    def launch_linear(self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut) -> None:
+        """x W^T into `out`, cut like this."""
+        if self.program is not None:
+            self.program.product()
+        launch(x_TK, weight, out, cut, self.tickets, self._dot, self._launch)
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
         x_TK = x_TK.contiguous()
-        out = torch.empty_like(x_TK)
-        w = x_TK if weight_K is None else weight_K
-        k = x_TK.shape[1]
-        kernels.norm_kernel[(x_TK.shape[0],)](
-            x_TK, x_TK, w, w, out, out, k, eps, 1.0, ADD=False, HAS_W=weight_K is not None,
-            HAS_NEXT=False, BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4,
-        )  # fmt: skip
+        out = self._empty(*x_TK.shape, dtype=x_TK.dtype)
+        self._norm(x_TK, None, out, out, weight_K, None, eps, 1.0)
         return out
 
     def add_norm(
@@ -209,26 +178,45 @@ class CudaOps:
         scale: float = 1.0,
         next_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Ops.add_norm`."""
-        y, out = torch.empty_like(x_TK), torch.empty_like(x_TK)
-        k = x_TK.shape[1]
-        kernels.norm_kernel[(x_TK.shape[0],)](
-            x_TK, residual_TK, x_TK if weight_K is None else weight_K,
-            x_TK if next_weight is None else next_weight, y, out, k, eps, scale, ADD=True,
-            HAS_W=weight_K is not None, HAS_NEXT=next_weight is not None,
-            BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4,
-        )  # fmt: skip
+        """See `Ops.add_norm`; the norm, which linears read, in bf16."""
+        y, out = self._empty(*x_TK.shape), self._empty(*x_TK.shape, dtype=torch.bfloat16)
+        self._norm(x_TK, residual_TK, y, out, weight_K, next_weight, eps, scale)
         return y, out
+
+    def _norm(
+        self,
+        x_TK: Tensor,
+        residual_TK: Tensor | None,
+        y: Tensor,
+        out: Tensor,
+        weight_K: Tensor | None,
+        next_weight: Tensor | None,
+        eps: float,
+        scale: float,
+    ) -> None:
+        t, k = x_TK.shape
+        kernels.norm_kernel[(t,)](
+            x_TK, x_TK if residual_TK is None else residual_TK,
+            x_TK if weight_K is None else weight_K, x_TK if next_weight is None else next_weight,
+            y, out, k, eps, scale, ADD=residual_TK is not None, HAS_W=weight_K is not None,
+            HAS_NEXT=next_weight is not None, BLOCK=triton.next_power_of_2(k),
+            num_warps=16 if k > 2048 else 4, **self._launch,
+        )  # fmt: skip
 
     def add(self, x_TK: Tensor, residual_TK: Tensor, scale: float = 1.0) -> Tensor:
         """See `Ops.add`."""
-        return (residual_TK + x_TK) * scale
+        x_TK, residual_TK = x_TK.contiguous(), residual_TK.contiguous()
+        out, n = self._empty(*x_TK.shape), x_TK.numel()
+        kernels.add_kernel[(triton.cdiv(n, BLOCK),)](
+            x_TK, residual_TK, out, scale, n, BLOCK=BLOCK, **self._launch
+        )
+        return out
 
     def norm_rope(
-        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float
+        self, x_THD: Tensor, weight_D: Tensor | None, rotary: Rotary | None, eps: float | None
     ) -> Tensor:
         """See `Ops.norm_rope`."""
-        out = torch.empty(x_THD.shape, device=self.device, dtype=x_THD.dtype)
+        out = self._empty(*x_THD.shape, dtype=x_THD.dtype)
         self._heads(x_THD, weight_D, rotary, eps, out, None)
         return out
 
@@ -241,7 +229,7 @@ class CudaOps:
         weight_D: Tensor | None,
         rotary: Rotary | None,
         *,
-        eps: float,
+        eps: float | None,
     ) -> None:
         """See `Ops.write_heads`."""
         assert scales_PGS is None
@@ -252,7 +240,7 @@ class CudaOps:
         x_TGD: Tensor,
         weight_D: Tensor | None,
         rotary: Rotary | None,
-        eps: float,
+        eps: float | None,
         out: Tensor,
         slots: PageSlots | None,
     ) -> None:
@@ -264,52 +252,35 @@ class CudaOps:
         kernels.head_kernel[(t, g)](
             x_TGD, x_TGD if weight_D is None else weight_D, cos, sin, position,
             x_TGD if slots is None else slots.page_T, x_TGD if slots is None else slots.slot_T,
-            out, x_TGD.stride(0), g, out.stride(0), out.stride(1), eps, D=d,
-            HAS_W=weight_D is not None, ROPE=rotary is not None, PAGED=slots is not None,
+            out, x_TGD.stride(0), g, out.stride(0), out.stride(1), eps or 0.0, D=d,
+            NORM=eps is not None, HAS_W=weight_D is not None, ROPE=rotary is not None,
+            PAGED=slots is not None, **self._launch,
         )  # fmt: skip
 
-    def gated(self, gate_TK: Tensor, up_TK: Tensor) -> Tensor:
-        """See `Ops.gated`."""
+    def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
+        """See `Ops.gated`; bf16, which linears read."""
         t, k = gate_TK.shape
-        out = torch.empty(t, k, device=self.device, dtype=gate_TK.dtype)
-        kernels.gated_kernel[(t, triton.cdiv(k, 1024))](
-            gate_TK, up_TK, out, gate_TK.stride(0), up_TK.stride(0), k, BLOCK=1024
-        )
+        out = self._empty(t, k, dtype=torch.bfloat16)
+        kernels.gated_kernel[(t, triton.cdiv(k, BLOCK))](
+            gate_TK, up_TK, out, gate_TK.stride(0), up_TK.stride(0), k,
+            SILU=activation == "silu", BLOCK=BLOCK, **self._launch,
+        )  # fmt: skip
         return out
 
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
-        """See `Ops.attention`."""
-        t, h, d = q_THD.shape
-        g = kv.k_PGSD.shape[1]
-        q_THD = q_THD.contiguous()
-        width = rows.table_BP.shape[1]
-        n_splits = triton.cdiv(width * PAGE_SLOTS, SPLIT_KEYS)
-        part = torch.empty(t, n_splits, h, d, device=self.device, dtype=torch.float32)
-        stats = torch.empty(t, n_splits, h, 2, device=self.device, dtype=torch.float32)
-        out = torch.empty_like(q_THD)
-        kernels.attention_kernel[(t, g, n_splits)](
-            q_THD, kv.k_PGSD, kv.v_PGSD, rows.table_BP, rows.first_page_B, rows.sequence_T,
-            rows.lo_T, rows.hi_T, part, stats, scale, width, n_splits, g, D=d, GROUP=h // g,
-            GP=max(16, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
-            TILE=32 if d > 256 else 64, SPLIT_KEYS=SPLIT_KEYS, num_stages=2,
-            num_warps=8 if d > 256 else 4,
-        )  # fmt: skip
-        kernels.attention_merge_kernel[(t, h)](
-            part, stats, rows.lo_T, rows.hi_T, out, n_splits, h, D=d, SLOTS=PAGE_SLOTS,
-            SPLIT_KEYS=SPLIT_KEYS,
-        )  # fmt: skip
-        return out
+        """See `Ops.attention`; bf16, which linears read."""
+        return attend(q_THD.contiguous(), kv, rows, scale, self._dot, self._launch)
 
     def route(
         self, scores_TE: Tensor, count: int, per_expert_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.route`."""
         t, e = scores_TE.shape
-        ids_TA = torch.empty(t, count, device=self.device, dtype=torch.int32)
-        weights_TA = torch.empty(t, count, device=self.device, dtype=torch.float32)
+        ids_TA, weights_TA = self._empty(t, count, dtype=torch.int32), self._empty(t, count)
         kernels.route_kernel[(t,)](
             scores_TE, scores_TE if per_expert_E is None else per_expert_E, ids_TA, weights_TA, e,
             A=count, SCALED=per_expert_E is not None, BLOCK=triton.next_power_of_2(e),
+            **self._launch,
         )  # fmt: skip
         return ids_TA, weights_TA
 
@@ -320,15 +291,18 @@ class CudaOps:
         down: CudaWeight,
         ids_TA: Tensor,
         weights_TA: Tensor,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`."""
         t, count = ids_TA.shape
         inner, k = down.k, x_TK.shape[1]
         both = self._blocks(x_TK, gate_up, ids_TA, per_pair=False)
-        y = self._blocks(self.gated(both[:, :inner], both[:, inner:]), down, ids_TA, per_pair=True)
-        out = torch.empty(t, k, device=self.device, dtype=x_TK.dtype)
-        kernels.combine_kernel[(t, triton.cdiv(k, 1024))](
-            y, weights_TA, out, k, A=count, BLOCK=1024
+        y = self._blocks(
+            self.gated(both[:, :inner], both[:, inner:], activation), down, ids_TA, per_pair=True
+        )
+        out = self._empty(t, k)
+        kernels.combine_kernel[(t, triton.cdiv(k, BLOCK))](
+            y, weights_TA, out, k, A=count, BLOCK=BLOCK, **self._launch
         )
         return out
 
@@ -336,20 +310,26 @@ class CudaOps:
         """fp32 [pairs, N]."""
         n, count = weight.n, ids_TA.shape[1]
         x, ids_TA = x.contiguous(), ids_TA.contiguous()
-        out = torch.empty(ids_TA.numel(), n, device=self.device, dtype=torch.float32)
+        out = self._empty(ids_TA.numel(), n)
         rows = MAX_PAIRS // count
         for t in range(0, ids_TA.shape[0], rows):
             ids = ids_TA[t : t + rows]
-            kernels.expert_kernel[(triton.cdiv(n, 32), ids.numel())](
-                x[t * (count if per_pair else 1) :], weight.data, ids, out[t * count :],
-                ids.numel(), n, weight.k, A=count, PER_PAIR=per_pair, BN=32, BK=128, DOT=self._dot,
-                PAIRS=max(16, triton.next_power_of_2(ids.numel())), num_stages=4,
+            step = count if per_pair else 1
+            linears.expert_kernel[(triton.cdiv(n, 32), ids.numel())](
+                x[t * step :], weight.data, ids, out[t * count :], ids.numel(), n, weight.k,
+                A=count, PER_PAIR=per_pair, PAIRS=max(16, triton.next_power_of_2(ids.numel())),
+                BN=32, BK=128, DOT=self._dot, num_stages=4, **self._launch,
             )  # fmt: skip
         return out
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
         """See `Ops.top`."""
-        return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count].int()
+        t, e = scores_TE.shape
+        out = self._empty(t, count, dtype=torch.int32)
+        kernels.top_kernel[(t, triton.cdiv(e, 64))](
+            scores_TE, out, e, A=count, BLOCK=triton.next_power_of_2(e), **self._launch
+        )
+        return out
 
     def score_blocks(
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
@@ -361,40 +341,45 @@ class CudaOps:
         return logits_TV.scatter_(1, ids_TX, scores.view(ids_TX.shape))
 
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:
-        """See `Ops.softcap`."""
-        return torch.tanh(logits_TV / cap) * cap
+        """See `Ops.softcap`; in place."""
+        n = logits_TV.numel()
+        kernels.softcap_kernel[(triton.cdiv(n, BLOCK),)](
+            logits_TV, cap, n, BLOCK=BLOCK, **self._launch
+        )
+        return logits_TV
 
     def argmax(self, logits_TV: Tensor) -> Tensor:
-        """See `Ops.argmax`; by comparison, so that equals cannot depend on the order of a scan."""
-        ids_V = torch.arange(logits_TV.shape[1], device=self.device, dtype=torch.int32)
-        is_largest_TV = logits_TV == logits_TV.amax(dim=-1, keepdim=True)
-        return torch.where(is_largest_TV, ids_V, len(ids_V)).amin(dim=-1)
+        """See `Ops.argmax`."""
+        return self.best(logits_TV)[0]
 
     def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
         """See `Ops.best`."""
-        return self.argmax(logits_TV), probability_of_largest(logits_TV)
+        t, v = logits_TV.shape
+        n_parts = triton.cdiv(v, BEST_PART)
+        value, mass = self._empty(t, n_parts), self._empty(t, n_parts)
+        index = self._empty(t, n_parts, dtype=torch.int32)
+        out, sure = self._empty(t, dtype=torch.int32), self._empty(t)
+        kernels.best_kernel[(t, n_parts)](
+            logits_TV, value, index, mass, v, n_parts, BLOCK=BEST_PART, num_warps=8, **self._launch
+        )
+        kernels.best_merge_kernel[(t,)](
+            value, index, mass, out, sure, n_parts, PARTS=triton.next_power_of_2(n_parts),
+            **self._launch,
+        )  # fmt: skip
+        return out, sure
 
     def best_of_blocks(
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.best_of_blocks`."""
-        return self.best(self.score_blocks(x_TK, blocks, ids_CN, chosen_TA, ids_CN.numel()))
+        t, count = chosen_TA.shape
+        scores = self._blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
+        out, sure = self._empty(t, dtype=torch.int32), self._empty(t)
+        kernels.best_of_blocks_kernel[(t,)](
+            scores, ids_CN, chosen_TA.contiguous(), out, sure, ids_CN.shape[1], A=count,
+            BLOCK=triton.next_power_of_2(count * ids_CN.shape[1]), num_warps=8, **self._launch,
+        )  # fmt: skip
+        return out, sure
 
-
-def pack4(rows_NK: Tensor) -> CudaWeight:
-    """Symmetric, -7 to 7, a bf16 scale for 32; byte j of a row as in kernels.linear4_kernel."""
-    n, k = rows_NK.shape
-    groups = rows_NK.view(n, k // 32, 32)
-    scales = (groups.abs().amax(2).clamp(min=1e-30) / 7).to(torch.bfloat16)
-    q = (groups / scales.float()[:, :, None]).round().clamp(-7, 7).to(torch.int16) + 8
-    pairs = q.view(n, k // 64, 2, 32)
-    data = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).to(torch.uint8)
-    return CudaWeight(data.reshape(n, k // 2), scales, 4)
-
-
-def unpack4(data: Tensor, scales: Tensor) -> Tensor:
-    """fp32 rows of what `pack4` made."""
-    n = data.shape[0]
-    q = data.view(n, -1, 1, 32)
-    values = torch.cat((q & 15, q >> 4), dim=2).to(torch.float32) - 8
-    return (values * scales.float().view(n, -1, 2, 1)).view(n, -1)
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=dtype)

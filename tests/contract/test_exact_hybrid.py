@@ -1,0 +1,104 @@
+"""Promise 1 for models with recurrent layers: rejected drafts leave no trace in their states.
+
+As test_exact.py: the logits behind every emitted token are equal in every bit.
+"""
+
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+
+from outdraft.cache import recurrent
+from outdraft.config import EngineConfig
+from outdraft.engine.engine import LLM
+from outdraft.request import SamplingParams
+from tests import tiny
+from tests.contract.test_exact import BACKENDS, N_NEW, assert_idle, assert_same, repetitive, run
+
+SHAPES = ("qwen3_5", "qwen3_5_moe")
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp(request.param)
+    tiny.tiny_target(root / "draft", "plain", seed=12)
+    return tiny.tiny_hybrid(root / "target", request.param, seed=11)
+
+
+def load(target: Path, backend: str, **options: object) -> LLM:
+    given = {"ctx_size": 256, "draft_n_max": 5, **BACKENDS[backend], **options}
+    return LLM(str(target), EngineConfig(**given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drafter", ["mtp", "ngram", "draft-model", "itself"])
+def test_every_draft_length_gives_the_bits_of_plain_decoding(
+    target: Path, drafter: str, backend: str
+) -> None:
+    """`itself` drafts what the model will say, so that drafts are accepted, too."""
+    own = {"draft-model": target.parent / "draft", "itself": target}.get(drafter)
+    spec = {"spec_type": drafter} if own is None else {"assistant": str(own)}
+    llm = load(target, backend, **spec)
+    several = repetitive(3)
+    plain = [run(llm, [prompt], 0)[0] for prompt in several]
+    for k in (1, 2, 5):
+        assert_same(run(llm, [several[1]], k)[0], plain[1])
+        for got, want in zip(run(llm, several, k), plain, strict=True):
+            assert_same(got, want)
+    assert llm.runner.faults.n_drafter == llm.runner.faults.n_pass == 0
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("drafter", ["mtp", "itself"])
+@pytest.mark.parametrize("backend", ["reference", "w8"])
+def test_steps_without_drafts_between_steps_with_drafts(
+    target: Path, backend: str, drafter: str
+) -> None:
+    """A step that brings none reads the state of the last accepted row, not of the first."""
+    llm = load(target, backend, assistant=str(target) if drafter == "itself" else None)
+    several = repetitive(3)
+    plain = [run(llm, [prompt], 0)[0] for prompt in several]
+    for lengths in ([3, 0], [5, 0, 0, 2, 1], [0, 4, 4, 0, 1]):
+        llm.set_draft_n_max(5)
+        llm.runner.logits_log = {}
+        turns = [cycle(lengths[i:] + lengths[:i]) for i in range(3)]
+        llm.scheduler.draft_lengths = lambda decoding, t=turns: [
+            next(t[i % 3]) for i in range(len(decoding))
+        ]
+        params = SamplingParams(max_tokens=N_NEW, ignore_eos=True)
+        sequences = [llm.add(prompt, params) for prompt in several]
+        while llm.scheduler.busy:
+            llm.step()
+        for sequence, want in zip(sequences, plain, strict=True):
+            logits = torch.stack(llm.runner.logits_log[sequence.id])
+            assert_same((sequence.output, logits), want)
+
+
+def test_reading_the_first_state_after_an_accepted_draft_is_seen(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trap itself: the test above fails when the wrong state is read."""
+    numbers = recurrent.RecurrentMemory.numbers
+
+    def wrong(self: recurrent.RecurrentMemory, *args: object) -> object:
+        read, write = numbers(self, *args)  # type: ignore[arg-type]
+        read[read >= 0] = read[read >= 0] // self.n_states * self.n_states
+        return read, write
+
+    monkeypatch.setattr(recurrent.RecurrentMemory, "numbers", wrong)
+    with pytest.raises(AssertionError):
+        test_steps_without_drafts_between_steps_with_drafts(target, "reference", "itself")
+
+
+@pytest.mark.parametrize("drafter", ["mtp", "itself"])
+def test_prompts_in_chunks_and_preemption(target: Path, drafter: str) -> None:
+    """Few pages: sequences give theirs back and are computed again."""
+    own = str(target) if drafter == "itself" else None
+    llm = load(target, "w8", assistant=own, prefill_chunk=24, kv_cache_tokens=256)
+    wide = load(target, "w8", spec_type="off")
+    several = repetitive(3)
+    plain = [run(wide, [prompt], 0)[0] for prompt in several]
+    for got, want in zip(run(llm, several, 4), plain, strict=True):
+        assert_same(got, want)
+    assert_idle(llm)
