@@ -38,6 +38,8 @@ class StepCosts:
 
 
 SPEED_UP_DECAY = 0.995
+SETTLED = 256  # steps after which
+EVERY = 4  # only each fourth is learned from
 
 
 class AutoLengths:
@@ -53,6 +55,7 @@ class AutoLengths:
         self.trials = {False: Trials(), True: Trials()}  # with drawn drafts, and without
         self._chosen: dict[str, Choice] = {}
         self._alike = False
+        self._n_steps = 0
         self._seen: set[tuple[bool, int, int, int]] = set()
         self._spent_s = self._plain_s = 0.0
 
@@ -110,6 +113,15 @@ class AutoLengths:
         ]
         n_drafting, depth = len(in_round), max(in_round, default=0)
         size = (drawn, step.n_rows, n_drafting, depth)
+        target_s = step.pass_s if drawn else step.pass_s + step.rest_s
+        if step.clean and size in self._seen:
+            n_tokens = step.n_sequences + sum(n_accepted for _, n_accepted in step.blocks.values())
+            self._trial(controller, step.n_sequences).observe(
+                n_tokens, target_s + step.draft_s, alike=self._alike
+            )
+        self._n_steps += 1
+        if self._n_steps > SETTLED and self._n_steps % EVERY:
+            return  # learning costs time, too
         if step.clean and size in self._seen:
             controller.observe_step(
                 step.n_sequences,
@@ -120,12 +132,7 @@ class AutoLengths:
                 step.draft_s,
                 None if drawn else step.rest_s,
             )
-            target_s = step.pass_s if drawn else step.pass_s + step.rest_s
             self._compare(step, target_s, controller)
-            n_tokens = step.n_sequences + sum(n_accepted for _, n_accepted in step.blocks.values())
-            self._trial(controller, step.n_sequences).observe(
-                n_tokens, target_s + step.draft_s, alike=self._alike
-            )
         if step.clean:
             self._seen.add(size)
 

@@ -81,6 +81,8 @@ class Trial:
         self._decide()
 
     def _decide(self) -> None:
+        if len(self._gains) < ENOUGH and self._gains and self._gains[-1] < WORSE:
+            self._wait *= WAIT_GROWTH**2
         middle = sorted(self._gains)[len(self._gains) // 2] if self._gains else 0.0
         if len(self._gains) >= ENOUGH:
             if middle > BETTER:
