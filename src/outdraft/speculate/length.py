@@ -20,7 +20,14 @@ PROBE_SHARE = 0.01
 USES = 4  # a choice for many sequences serves so many steps, for one sequence two
 OWN_ENOUGH = 16.0  # blocks of its own, from which on what others do changes little
 MARGIN = 1.01  # drafting must promise so much more than plain decoding
+USUAL = 4  # beyond `FEW` rows only multiples of this are chosen: the first pass of a size is slow
+FEW = 16
 FREE = "ngram"  # sources whose names begin so cost no draft round
+
+
+def is_usual(n_rows: int) -> bool:
+    """Whether passes of so many rows are chosen."""
+    return n_rows <= FEW or n_rows % USUAL == 0
 
 
 @dataclass(slots=True)
@@ -165,7 +172,7 @@ class LengthController:
                 depth = max(depth, j + 1)
                 round_s = draft_s(n_drafting, depth)
             rate = expected / (pass_s(n + m) + round_s + rest_s)
-            if rate > best_rate:
+            if rate > best_rate and (is_usual(n + m) or m == len(order)):
                 best_m, best_rate = m, rate
         lengths = [0] * n
         for _, j, i in order[:best_m]:
