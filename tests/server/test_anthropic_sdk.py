@@ -19,6 +19,7 @@ from tests.server.sdk import (
     check_weather,
     openai_of,
     python_says,
+    run,
 )
 
 TOOL: Any = {"name": "weather", "description": "The weather.", "input_schema": WEATHER}
@@ -141,7 +142,7 @@ def test_from_asyncio(live: Live) -> None:
 
             return await asyncio.gather(*(one() for _ in range(4)))
 
-    assert asyncio.run(ask()) == [expected] * 4
+    assert run(ask()) == [expected] * 4
 
 
 def test_models(live: Live) -> None:

@@ -18,6 +18,7 @@ from tests.server.sdk import (
     demo,
     openai_of,
     python_says,
+    run,
 )
 
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
@@ -94,7 +95,7 @@ def test_many_at_once_from_asyncio(live: Live) -> None:
 
             return await asyncio.gather(*(one(i % 2 == 0) for i in range(6)))
 
-    assert asyncio.run(ask()) == [expected] * 6
+    assert run(ask()) == [expected] * 6
 
 
 def test_completions_and_embeddings(live: Live) -> None:
