@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, mtp
 from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import family_of
 from outdraft.weights.load import ExpectedTensor
 
@@ -312,3 +313,13 @@ def tiny_assistant(
     return write_model(
         path, config, assistant_weights(config, seed), generation={"num_assistant_tokens": 4}
     )
+
+
+def tiny_hybrid(path: Path, shape: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> Path:
+    """A tiny random Qwen 3.5 with a native head, in the layout of the published checkpoints."""
+    config = target_config(shape, mtp_num_hidden_layers=1, **changes)
+    shapes = mtp.expected_tensors(Qwen35Config.from_hf(config))
+    head = {f"mtp.{name}": t for name, t in random_tensors(shapes, seed + 1).items()}
+    body = target_weights(config, seed)
+    named = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in body.items()}
+    return write_model(path, config, named | head, prefix="")

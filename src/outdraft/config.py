@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from outdraft.errors import OutdraftError
 
 SpecType = Literal[
-    "auto", "off", "gemma4-assistant", "draft-model", "ngram", "ngram+gemma4-assistant"
+    "auto", "off", "gemma4-assistant", "draft-model", "mtp", "ngram", "ngram+gemma4-assistant"
 ]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -34,7 +34,8 @@ class EngineConfig:
     Attributes:
         spec_type: which drafter; `auto` takes the assistant that fits the target, or none; `ngram`
             repeats the text itself, `ngram+gemma4-assistant` does where a long match is found;
-            `draft-model` is a smaller model of the same tokenizer, named by `assistant`.
+            `draft-model` is a smaller model of the same tokenizer, named by `assistant`; `mtp` is
+            the head in the checkpoint.
         assistant: directory or name of the drafter; None looks beside and inside the target.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by

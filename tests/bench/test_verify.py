@@ -110,7 +110,7 @@ def test_a_linear_that_depends_on_other_rows_fails_the_rows_rung(
 def test_a_drafter_whose_drafts_are_not_verified_fails_its_rung(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trusting(drafts: list[int], draw: Any) -> Verdict:
+    def trusting(drafts: Any, draw: Any) -> Verdict:
         return Verdict(len(drafts), draw(len(drafts)))
 
     monkeypatch.setattr(decide, "verify_own", trusting)

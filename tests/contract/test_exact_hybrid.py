@@ -23,7 +23,7 @@ SHAPES = ("qwen3_5", "qwen3_5_moe")
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp(request.param)
     tiny.tiny_target(root / "draft", "plain", seed=12)
-    return tiny.tiny_target(root / "target", request.param, seed=11)
+    return tiny.tiny_hybrid(root / "target", request.param, seed=11)
 
 
 def load(target: Path, backend: str, **options: object) -> LLM:
@@ -32,13 +32,13 @@ def load(target: Path, backend: str, **options: object) -> LLM:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("drafter", ["ngram", "draft-model", "itself"])
+@pytest.mark.parametrize("drafter", ["mtp", "ngram", "draft-model", "itself"])
 def test_every_draft_length_gives_the_bits_of_plain_decoding(
     target: Path, drafter: str, backend: str
 ) -> None:
     """`itself` drafts what the model will say, so that drafts are accepted, too."""
-    own = {"ngram": None, "draft-model": target.parent / "draft", "itself": target}[drafter]
-    spec = {"spec_type": "ngram"} if own is None else {"assistant": str(own)}
+    own = {"draft-model": target.parent / "draft", "itself": target}.get(drafter)
+    spec = {"spec_type": drafter} if own is None else {"assistant": str(own)}
     llm = load(target, backend, **spec)
     several = repetitive(3)
     plain = [run(llm, [prompt], 0)[0] for prompt in several]
@@ -50,10 +50,13 @@ def test_every_draft_length_gives_the_bits_of_plain_decoding(
     assert_idle(llm)
 
 
+@pytest.mark.parametrize("drafter", ["mtp", "itself"])
 @pytest.mark.parametrize("backend", ["reference", "w8"])
-def test_steps_without_drafts_between_steps_with_drafts(target: Path, backend: str) -> None:
+def test_steps_without_drafts_between_steps_with_drafts(
+    target: Path, backend: str, drafter: str
+) -> None:
     """A step that brings none reads the state of the last accepted row, not of the first."""
-    llm = load(target, backend, assistant=str(target))
+    llm = load(target, backend, assistant=str(target) if drafter == "itself" else None)
     several = repetitive(3)
     plain = [run(llm, [prompt], 0)[0] for prompt in several]
     for lengths in ([3, 0], [5, 0, 0, 2, 1], [0, 4, 4, 0, 1]):
@@ -85,12 +88,14 @@ def test_reading_the_first_state_after_an_accepted_draft_is_seen(
 
     monkeypatch.setattr(recurrent.RecurrentMemory, "numbers", wrong)
     with pytest.raises(AssertionError):
-        test_steps_without_drafts_between_steps_with_drafts(target, "reference")
+        test_steps_without_drafts_between_steps_with_drafts(target, "reference", "itself")
 
 
-def test_prompts_in_chunks_and_preemption(target: Path) -> None:
+@pytest.mark.parametrize("drafter", ["mtp", "itself"])
+def test_prompts_in_chunks_and_preemption(target: Path, drafter: str) -> None:
     """Few pages: sequences give theirs back and are computed again."""
-    llm = load(target, "w8", assistant=str(target), prefill_chunk=24, kv_cache_tokens=256)
+    own = str(target) if drafter == "itself" else None
+    llm = load(target, "w8", assistant=own, prefill_chunk=24, kv_cache_tokens=256)
     wide = load(target, "w8", spec_type="off")
     several = repetitive(3)
     plain = [run(wide, [prompt], 0)[0] for prompt in several]

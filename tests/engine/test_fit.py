@@ -71,13 +71,13 @@ def test_keys_and_values_take_what_a_gpu_has_left(
     sizes = {n: memory_bytes(layers, pool_tokens=n, **same) for n in (512, 1024, 2048, 4096)}
     for n, n_bytes in sizes.items():
         monkeypatch.setattr(fit, "free_bytes", lambda _, room=n_bytes: (spare + room, 80 * 10**9))
-        fit.build_memory(on_card, config, 512)
+        fit.build_memory(on_card, config, 512, 0)
         assert made["pool_tokens"] == n and made["device"] == Card.device
         assert n_bytes == Memory(layers, pool_tokens=n, **same).n_bytes
     few = sizes[512] - 1
     monkeypatch.setattr(fit, "free_bytes", lambda _: (spare + few, 80 * 10**9))
     with pytest.raises(OutdraftError, match=r"512 tokens need 0\.00 GB .* 80\.0 GB left"):
-        fit.build_memory(on_card, config, 512)
+        fit.build_memory(on_card, config, 512, 0)
 
 
 def test_without_the_compiled_core_only_its_use_fails() -> None:

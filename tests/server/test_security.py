@@ -232,6 +232,7 @@ def test_class_06_ten_thousand(live: Live) -> None:
     assert after[2] < engine + 64
 
 
+TOOLS = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(257)]
 FAN_OUT: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {**ASK, "n": 65}),
     (CHAT, {**ASK, "n": 2**40}),
@@ -243,7 +244,7 @@ FAN_OUT: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {**ASK, "guided_regex": "a" * 70_000}),
     (CHAT, {**ASK, "bad_words": ["x"] * 2000}),
     (CHAT, {**ASK, "logit_bias": {str(i): 1 for i in range(5000)}}),
-    (CHAT, {**ASK, "tools": [{"type": "function", "function": {"name": "f"}}] * 257}),
+    (CHAT, {**ASK, "tools": TOOLS}),
     ("/v1/completions", {"prompt": ["x"] * 65}),
     ("/v1/completions", {"prompt": ["x"] * 9, "n": 8}),
     ("/v1/completions", {"prompt": "x", "logprobs": 50}),
@@ -299,7 +300,8 @@ def test_class_09_errors_leak_nothing(live: Live) -> None:
         for path, *_ in FRONTS:
             for body in bodies:
                 response = client.post(path, content=body)
-                assert 400 <= response.status_code < 500, (path, body, response.text)
+                lowest = 200 if path.endswith("count_tokens") else 400  # grammars do not count
+                assert lowest <= response.status_code < 500, (path, body, response.text)
                 assert not LEAK.search(response.text), (path, body, response.text)
         for path in ("/nothing", "/v1/models/%00", "/etc/passwd", "/v1/models/" + "x" * 3000):
             assert not LEAK.search(client.get(path).text)

@@ -27,6 +27,14 @@ class PeerName(StrEnum):
     LLAMA_CPP = "llama.cpp"
 
 
+Peers = Annotated[
+    list[PeerName] | None,
+    typer.Option(help="Also run another engine on the same weights; may be repeated."),
+]
+LlamaServer = Annotated[
+    Path | None, typer.Option(help="llama.cpp's llama-server, where it is not found.")
+]
+
 app = typer.Typer(add_completion=False)
 
 
@@ -45,13 +53,8 @@ def bench(
     prompt_dir: Annotated[
         Path | None, typer.Option(help="Cut prompts from the Python texts (*.txt, *.py) in here.")
     ] = None,
-    peer: Annotated[
-        list[PeerName] | None,
-        typer.Option(help="Also run another engine on the same weights; may be repeated."),
-    ] = None,
-    llama_server: Annotated[
-        Path | None, typer.Option(help="llama.cpp's llama-server, where it is not found.")
-    ] = None,
+    peer: Peers = None,
+    llama_server: LlamaServer = None,
     assistant: options.Assistant = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,

@@ -10,7 +10,7 @@ import typer
 from outdraft.cli import options
 from outdraft.cli.bench import find_prompts, new_table
 from outdraft.cli.console import remarks, results, save
-from outdraft.config import EngineConfig
+from outdraft.config import EngineConfig, SpecType
 from outdraft.errors import OutdraftError
 
 if TYPE_CHECKING:
@@ -25,15 +25,16 @@ DrafterArm = Literal["own", "random", "ngram"]
 app = typer.Typer(add_completion=False)
 
 
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", help="Write a report here, and a chart beside it; - prints the report."),
+]
+
+
 @app.command()
 def bench_throughput(
     model: options.Model,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", help="Write a report here, and a chart beside it; - prints the report."
-        ),
-    ] = None,
+    json_file: JsonFile = None,
     concurrency: Annotated[str, typer.Option(help="Requests in progress.")] = "1,4,16",
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests a run; twice the highest concurrency.")
@@ -107,9 +108,12 @@ def report_of(
     else:
         prompts = of_text(find_prompts(llm, None, PROMPTS_PER_KIND, seed), settings["text"])
         asked = mix_requests(prompts, n, max_tokens, llm.ctx_size, seed)
-    modes = modes_of(
-        llm, settings["drafts"], seed, lambda name: load(model, replace(config, spec_type=name))
-    )
+
+    def load_with(drafter: SpecType) -> "LLM":
+        assistant = None if drafter == "ngram" else config.assistant
+        return load(model, replace(config, spec_type=drafter, assistant=assistant))
+
+    modes = modes_of(llm, settings["drafts"], seed, load_with)
     report = summarise(measure(modes, asked, concurrencies, settings["rounds"]))
     report["settings"] = settings_of(llm, asked) | settings
     return report | {"machine": describe_machine(), **describe_version()}

@@ -29,7 +29,7 @@ Spec = Annotated[
     SpecType,
     typer.Option(
         "--spec-type",
-        help="Which drafter: auto, off, gemma4-assistant, draft-model, ngram, or "
+        help="Which drafter: auto, off, gemma4-assistant, draft-model, mtp, ngram, or "
         "ngram+gemma4-assistant.",
     ),
 ]

@@ -25,6 +25,30 @@ Keys = Annotated[
 KeyFile = Annotated[
     Path | None, typer.Option("--api-key-file", help="Ask for a key of this file, one a line.")
 ]
+ClientShare = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Of those, how much one client may have.")
+]
+SendSeconds = Annotated[
+    float, typer.Option(min=0.1, help="Cut a client off that has not read for so long.")
+]
+DrainSeconds = Annotated[
+    float, typer.Option(min=0, help="After SIGTERM, let requests go on for so long.")
+]
+Parallel = Annotated[
+    int, typer.Option("--parallel", "-np", min=1, max=4096, help="Requests in a batch.")
+]
+KvTokens = Annotated[
+    int | None, typer.Option(min=1, help="Positions of keys and values for all of them.")
+]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
+]
+ToolFormat = Annotated[
+    str | None, typer.Option(help="How the model calls tools, instead of finding out.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
+]
 
 
 @app.command()
@@ -39,25 +63,13 @@ def serve(
     allowed_host: Hosts = None,
     allowed_origin: Origins = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests taken on at once.")] = 128,
-    client_share: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Of those, how much one client may have.")
-    ] = 0.75,
+    client_share: ClientShare = 0.75,
     max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Largest body.")] = 8,
-    send_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Cut a client off that has not read for so long.")
-    ] = 30.0,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="After SIGTERM, let requests go on for so long.")
-    ] = 20.0,
-    max_sequences: Annotated[
-        int, typer.Option("--parallel", "-np", min=1, max=4096, help="Requests in a batch.")
-    ] = 16,
-    kv_cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Positions of keys and values for all of them.")
-    ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
-    ] = True,
+    send_seconds: SendSeconds = 30.0,
+    drain_seconds: DrainSeconds = 20.0,
+    max_sequences: Parallel = 16,
+    kv_cache_tokens: KvTokens = None,
+    prefix_cache: PrefixCache = True,
     assistant: options.Assistant = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
@@ -72,12 +84,8 @@ def serve(
     cache: options.Cache = True,
     cache_dir: options.CacheDir = None,
     cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
-    tool_format: Annotated[
-        str | None, typer.Option(help="How the model calls tools, instead of finding out.")
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose/--quiet", help="Print a line of JSON for each request.")
-    ] = True,
+    tool_format: ToolFormat = None,
+    verbose: Verbose = True,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own."""
     from outdraft.server.limits import Limits

@@ -75,7 +75,7 @@ def measure_costs(
                 continue
             pass_s = _measure(partial(_verify, bench, opened, n_rows), deadline)
             if pass_s is None:
-                break
+                return len(passes)
             passes[n_rows] = pass_s
             if n_rows in (few[-1], many[0]):
                 names = opened[: 1 if n_rows == few[-1] else None]
@@ -85,7 +85,8 @@ def measure_costs(
         for n_rows, pass_s in passes.items():  # again, since a disturbance lasts for a while
             again = _measure(partial(_verify, bench, opened, n_rows), deadline)
             passes[n_rows] = min(pass_s, again or pass_s)
-        _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
+        if time.perf_counter() < deadline:  # not a slow model
+            _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
     except Exception:
         return len(passes)
     finally:

@@ -31,11 +31,11 @@ from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
 from outdraft.engine.sequence import Sequence
-from outdraft.engine.stats import Counters, Faults
+from outdraft.engine.stats import Counters, Faults, describe, not_finite
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
-from outdraft.speculate.drafter import Draft, Drafter, SequenceView, TargetView
+from outdraft.speculate.drafter import Draft, Drafter, ReadsStates, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict
 
 
@@ -195,6 +195,9 @@ class Runner:
             try:
                 n_kept = self._finish(sequence, w, own, proposal, events)
                 newest[sequence.id] = own.start + n_kept - 1
+                if isinstance(self.drafter, ReadsStates):
+                    first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[own.start :]
+                    self._drafter_call(self.drafter.read, sequence.id, first, rows_TH[:n_kept])
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
@@ -217,14 +220,14 @@ class Runner:
             report_prompt(self.target, sequence, own.hidden_TH[own.start :][: own.n_rows])
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
             if not bool(torch.isfinite(own.hidden_TH[own.start :][: own.n_rows]).all()):
-                raise _not_finite()
+                raise not_finite()
             self._keep_rows(sequence, own.n_rows, work.n_rows)
             self._settle(sequence)
             return work.n_rows
         block = proposal.blocks.get(sequence.id, NO_DRAFTS)
         n_good = own.best.index(-1) if -1 in own.best else len(own.best)
         if n_good == 0:
-            raise _not_finite()
+            raise not_finite()
         if n_good <= len(block.tokens):  # a draft that breaks the model is not the request's fault
             probs = block.probs_KV
             probs = None if probs is None else probs[: n_good - 1]
@@ -241,7 +244,7 @@ class Runner:
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         """End a request that caused an exception. Its memory is released when it is closed."""
         self.faults.n_request += 1
-        message = str(error) if isinstance(error, OutdraftError) else _describe(error)
+        message = str(error) if isinstance(error, OutdraftError) else describe(error)
         return sequence.abort(FinishReason.ERROR, message)
 
     def _forced(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> dict[str, Block]:
@@ -284,12 +287,13 @@ class Runner:
     def _ask(
         self, drafter: Drafter, work: Seq[Work], sequences: Mapping[str, Sequence]
     ) -> _Proposal:
-        views = []
-        for w in work:
-            s = sequences[w.sequence]
-            hidden_H = self.hidden.get(s.id)
-            views.append(SequenceView(s.id, s.tokens, s.request.params, s.seed, hidden_H))
-        view = self._view(views)
+        asking = [sequences[w.sequence] for w in work]
+        view = self._view(
+            [
+                SequenceView(s.id, s.tokens, s.request.params, s.seed, self.hidden.get(s.id))
+                for s in asking
+            ]
+        )
         draft = drafter.propose(view, max(w.n_drafts for w in work))
         tokens = draft.tokens_BK.tolist()
         self._check_draft(draft, tokens, len(work))
@@ -324,7 +328,7 @@ class Runner:
 
     def _count_drafter_failure(self, error: Exception, sequences: Seq[Sequence]) -> None:
         self.faults.n_drafter += 1
-        self.faults.last_drafter_error = _describe(error)
+        self.faults.last_drafter_error = describe(error)
         for sequence in sequences:
             sequence.n_failed_drafts += 1
 
@@ -387,13 +391,3 @@ class Runner:
             sequence.times.draft_s += drafted - start
             sequence.times.forward_s += forwarded - drafted
             sequence.times.rest_s += end - forwarded
-
-
-def _not_finite() -> OutdraftError:
-    return OutdraftError(
-        "the model's logits are not finite", "try --dtype float32, or check the weights"
-    )
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ from outdraft.cache.books import GroupBooks
 from outdraft.engine.plan import StepPlan
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence
+from outdraft.errors import OutdraftError
 from outdraft.request import FinishReason
 from outdraft.speculate.stats import DraftStats
 
@@ -168,3 +169,15 @@ def snapshot(
         speed_up=speed_up,
         faults=replace(faults),
     )
+
+
+def not_finite() -> OutdraftError:
+    """The fault of a pass that gave no number."""
+    return OutdraftError(
+        "the model's logits are not finite", "try --dtype float32, or check the weights"
+    )
+
+
+def describe(error: Exception) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {error}"

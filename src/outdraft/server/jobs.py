@@ -300,24 +300,19 @@ class Jobs:
         seed = secrets.randbits(62) if job.params.seed is None else job.params.seed
         split = [job.params] if job.params.n == 1 else job.params.split(seed)
         salt = blake2b(job.salt.encode(), key=self._salt_secret, digest_size=16).hexdigest()
-        slow = self.limits.prepare_s if job.params.grammar_options else None
-        try:
-            async with asyncio.timeout(slow):
-                for index, params in enumerate(split):
-                    stream = self.engine.submit(
-                        running.prompt_tokens,
-                        params,
-                        running.mailbox,
-                        index=index,
-                        salt=salt,
-                        draft_n_max=None if job.drafting else 0,
-                        detail=job.detail,
-                    )
-                    running.streams.append(stream)
-                for stream in running.streams:
-                    await stream.accepted
-        except TimeoutError:
-            raise bad_request("the grammar took too long to compile: make it simpler") from None
+        for index, params in enumerate(split):
+            stream = self.engine.submit(
+                running.prompt_tokens,
+                params,
+                running.mailbox,
+                index=index,
+                salt=salt,
+                draft_n_max=None if job.drafting else 0,
+                detail=job.detail,
+            )
+            running.streams.append(stream)
+        for stream in running.streams:
+            await stream.accepted
 
     def _check_length(self, ids: tuple[int, ...]) -> None:
         ctx_size = self.engine.info.get("ctx_size", 0)

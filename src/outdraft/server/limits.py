@@ -34,7 +34,7 @@ class Limits:
         header_s: time to send the headers.
         body_s: time to send the body.
         send_s: how long a client may leave its stream unread before it is cut off.
-        prepare_s: time to render a template, or to compile a grammar.
+        prepare_s: time to render a template. (Grammars: sampling/compile_check.py.)
         connections: open at once.
         in_flight: requests taken on at once, those that wait included.
         client_share: of `in_flight`, how much one client may have.

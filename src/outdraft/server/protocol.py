@@ -18,12 +18,14 @@ _ANSWERS = {
 }
 
 
+_CLOSE = b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
 def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """The protocol class for these limits; uvicorn makes one object a connection."""
 
     class LimitedProtocol(HttpToolsProtocol):
-        header_size = 0
-        in_headers = True
+        header_size, in_headers = 0, True
         deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -75,9 +77,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def refuse(self, status: int) -> None:
             if not self.transport.is_closing():
-                self.transport.write(
-                    _ANSWERS[status] + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-                )
+                self.transport.write(_ANSWERS[status] + _CLOSE)
                 self.transport.close()
 
     return LimitedProtocol

@@ -10,11 +10,13 @@ from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import TARGETS, Target, choose_ops, open_weights, packing
 from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.draft_model import ModelPass, load_draft_model
 from outdraft.speculate.drafter import Drafter
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
+from outdraft.speculate.mtp import find_head, load_head
 from outdraft.speculate.ngram import NgramDrafter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config, read_json
@@ -22,6 +24,7 @@ from outdraft.weights.find import find_assistant, resolve_model
 from outdraft.weights.loading import Loading
 
 MODEL_DRAFTS = 4  # of a draft model, where --spec-draft-n-max is not given
+HEAD_DRAFTS = 3  # of a native head
 NGRAM_DRAFTS = 8  # the most a step where --spec-draft-n-max is not given
 
 
@@ -61,15 +64,13 @@ def build_drafter(
     if config.spec_type == "ngram":
         n_max = _first(config.draft_n, config.draft_n_max, NGRAM_DRAFTS)
         return Pairing(NgramDrafter(), "ngram: drafts from the text itself", None, n_max)
-    if config.assistant is not None and config.spec_type in ("auto", "draft-model"):
-        path = resolve_model(config.assistant)
-        if read_config(path).get("model_type") in TARGETS:
-            n_max = _first(config.draft_n, config.draft_n_max, MODEL_DRAFTS)
-            model = load_draft_model(target, path, config, make_pass, n_max, loading)
-            return Pairing(model, f"{model.name}: named by you", path, n_max)
-    if config.spec_type == "draft-model":
+    if (pairing := _draft_model(target, config, make_pass, loading)) is not None:
+        return pairing
+    if isinstance(target.config, Qwen35Config) and config.spec_type in ("auto", "mtp"):
+        return _native_head(target, target.config, config, loading)
+    if config.spec_type == "mtp":
         raise PairingError(
-            "no draft model is given", "name a smaller model of the same tokenizer: --assistant DIR"
+            f"{target.path} is of a family without MTP heads", "use --spec-type auto"
         )
     if not isinstance(target.config, Gemma4Config):
         if config.assistant is None and config.spec_type == "auto":
@@ -93,6 +94,38 @@ def build_drafter(
         if asked:
             raise
         return Pairing(None, f"drafting is off: {choice.path}: {error.message}", choice.path)
+
+
+def _draft_model(
+    target: Target,
+    config: EngineConfig,
+    make_pass: Callable[[Target, Memory], ModelPass],
+    loading: Loading | None,
+) -> Pairing | None:
+    """A whole model that was named as the drafter, if one was."""
+    if config.assistant is not None and config.spec_type in ("auto", "draft-model"):
+        path = resolve_model(config.assistant)
+        if read_config(path).get("model_type") in TARGETS:
+            n_max = _first(config.draft_n, config.draft_n_max, MODEL_DRAFTS)
+            model = load_draft_model(target, path, config, make_pass, n_max, loading)
+            return Pairing(model, f"{model.name}: named by you", path, n_max)
+    if config.spec_type == "draft-model":
+        raise PairingError(
+            "no draft model is given", "name a smaller model of the same tokenizer: --assistant DIR"
+        )
+    return None
+
+
+def _native_head(
+    target: Target, shape: Qwen35Config, config: EngineConfig, loading: Loading | None
+) -> Pairing:
+    """The head in the target's own checkpoint."""
+    reason = find_head(target.path, shape)
+    if reason is not None and config.spec_type == "auto":
+        return Pairing(None, f"drafting is off: there is no MTP head: {reason}")
+    n_max = _first(config.draft_n, config.draft_n_max, HEAD_DRAFTS)
+    head = load_head(target, config, n_max, loading)
+    return Pairing(head, f"{head.name}: the head in the checkpoint", target.path, n_max)
 
 
 def read_assistant_config(path: Path) -> AssistantConfig:

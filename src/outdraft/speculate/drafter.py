@@ -113,6 +113,17 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class ReadsStates(Protocol):
+    """A drafter that reads the target's final hidden states of every committed token but the
+    newest, each once and in order.
+    """
+
+    def read(self, sequence: str, first: int, hidden_TH: Tensor) -> None:
+        """States of the tokens from position `first` on; the tensor may be overwritten later."""
+        ...
+
+
+@runtime_checkable
 class ManySources(Protocol):
     """A drafter whose drafts come from sources that differ in quality and cost.
 

@@ -20,6 +20,7 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -217,6 +218,9 @@ def _read(path: Path) -> tuple[dict[str, Any], int, Tensor]:
             if size <= _BEGIN:
                 raise _bad(path, "is cut off")
             mapped = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a kernel that has them for memory only
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:

@@ -1,0 +1,234 @@
+"""Drafting with the target's native head, which has keys and values of its own.
+
+The head's row t takes the target's state of token t and token t + 1. Rows of committed tokens are
+computed before a round from the states that the engine hands over (`read`); the first draft comes
+from the last of them, each further one from the head's own result, and those rows are taken back
+before the next round, since their states were not the target's.
+
+Shapes: B sequences, T rows, K hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outdraft.cache.attend import CausalCall
+from outdraft.cache.memory import Memory, Span
+from outdraft.config import EngineConfig
+from outdraft.errors import CapacityError, PairingError, WeightsError
+from outdraft.models import mtp
+from outdraft.models.layers import TargetModel
+from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.registry import Target, choose_ops, open_weights, packing
+from outdraft.speculate.chain import draft_chain
+from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
+from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.config import read_config
+from outdraft.weights.loading import Loading
+
+CATCH_UP = (
+    512  # rows of one sequence that a round reads at most; with more to come it has no drafts
+)
+
+
+@dataclass(slots=True)
+class _Own:
+    """Of one sequence: rows of true states in memory, and states that were not read yet."""
+
+    n_true: int = 0
+    first: int = 0
+    waiting: list[Tensor] = field(default_factory=list)
+
+    @property
+    def n_waiting(self) -> int:
+        """States that were not read yet."""
+        return sum(part.shape[0] for part in self.waiting)
+
+
+class MtpDrafter:
+    """Proposes with a native head (a `Drafter`, and one that `ReadsStates`)."""
+
+    name = "mtp"
+
+    def __init__(
+        self, head: mtp.MtpHead, target: TargetModel, memory: Memory, *, sample_drafts: bool = True
+    ) -> None:
+        """`target` scores the head's results; `memory` is the head's."""
+        self.head, self.target, self.memory = head, target, memory
+        self.sample_drafts = sample_drafts
+        self.needs = Taps()
+        self._own: dict[str, _Own] = {}
+
+    def open(self, sequence: str) -> None:
+        """A sequence begins."""
+        self.memory.open(sequence)
+        self._own[sequence] = _Own()
+
+    def close(self, sequence: str) -> None:
+        """Its memory is free again."""
+        if sequence in self._own:
+            self.memory.close(sequence)
+            del self._own[sequence]
+
+    def commit(self, view: TargetView, n_accepted: list[int]) -> None:
+        """Nothing to do: states of what was accepted come by `read`."""
+
+    def read(self, sequence: str, first: int, hidden_TK: Tensor) -> None:
+        """See `ReadsStates`."""
+        if sequence not in self._own:
+            return
+        own = self._own[sequence]
+        if not own.waiting:
+            own.first = first
+        own.waiting.append(hidden_TK.clone())
+
+    def propose(self, view: TargetView, k: int) -> Draft:
+        """See `Drafter.propose`. Sequences that it cannot draft for have a length of 0."""
+        for sequence in view.sequences:
+            self._rewind(sequence.id)
+        able = [s for s in view.sequences if self._able(s, k)]
+        ready = [s for s in able if self._own[s.id].n_waiting <= CATCH_UP]
+        if long := [s for s in able if self._own[s.id].n_waiting > CATCH_UP]:
+            self._catch_up(long, view)
+        n = len(view.sequences)
+        draft = Draft(torch.zeros(n, k, dtype=torch.int64), [None] * n, [0] * n)
+        if not ready:
+            return draft
+        own = self._chain(ready, view, k)
+        place = {s.id: b for b, s in enumerate(view.sequences)}
+        for i, sequence in enumerate(ready):
+            b = place[sequence.id]
+            draft.tokens_BK[b] = own.tokens_BK[i]
+            draft.probs[b], draft.lengths[b] = own.probs[i], k
+        return draft
+
+    def _chain(self, ready: list[SequenceView], view: TargetView, k: int) -> Draft:
+        carried_BK = self._catch_up(ready, view)
+        fresh = True
+
+        def step(newest_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal carried_BK, fresh
+            if not fresh:
+                spans = [Span(s.id, b, 1) for b, s in enumerate(ready)]
+                carried_BK = self._run(newest_B, carried_BK, spans, view)
+            fresh = False
+            logits_BV = self.target.logits(carried_BK)
+            return logits_BV, *self.head.ops.best(logits_BV)
+
+        return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
+
+    def _catch_up(self, sequences: list[SequenceView], view: TargetView) -> Tensor:
+        """Read waiting states; the head's result of the last row of each sequence, [B, K]."""
+        tokens: list[int] = []
+        states, spans, last = [], [], []
+        for s in sequences:
+            own = self._own[s.id]
+            waiting_TK = torch.cat(own.waiting)
+            rows_TK, rest_TK = waiting_TK[:CATCH_UP], waiting_TK[CATCH_UP:]
+            n = rows_TK.shape[0]
+            spans.append(Span(s.id, len(tokens), n))
+            tokens += s.tokens[own.first + 1 : own.first + 1 + n]
+            states.append(rows_TK)
+            last.append(len(tokens) - 1)
+            own.waiting = [rest_TK] if len(rest_TK) else []
+            own.first += n
+            own.n_true += n
+        token_T = torch.tensor(tokens, dtype=torch.int32)
+        return self._run(token_T, torch.cat(states), spans, view)[torch.tensor(last)]
+
+    def _run(
+        self, token_T: Tensor, hidden_TK: Tensor, spans: list[Span], view: TargetView
+    ) -> Tensor:
+        for span in spans:
+            self.memory.reserve(span.sequence, span.n_rows)
+        call = CausalCall.prepare(self.memory, self.head.ops, spans, token_T.tolist())
+        embedded_TK = view.embed(call.token_T)
+        done = self.head.forward(embedded_TK, hidden_TK, call.position_T, call.attend)
+        for span in spans:
+            self.memory.advance(span.sequence, span.n_rows)
+        return done
+
+    def _rewind(self, sequence: str) -> None:
+        """Take back rows whose states were the head's own."""
+        if sequence not in self._own:
+            self.open(sequence)
+        n_true = self._own[sequence].n_true
+        self.memory.rollback(sequence, self.memory.lengths[sequence] - n_true)
+
+    def _able(self, sequence: SequenceView, k: int) -> bool:
+        """Whether every state is there that drafting needs, and room for its rows."""
+        own = self._own[sequence.id]
+        n = own.n_waiting
+        if n == 0 or own.first != own.n_true or own.first + n != sequence.n - 1:
+            return False
+        try:
+            self.memory.reserve(sequence.id, min(n, CATCH_UP) + k)
+        except CapacityError:
+            return False
+        return True
+
+
+def find_head(path: Path, config: Qwen35Config) -> str | None:
+    """Why a checkpoint has no head that can be used, or None if it has one.
+
+    Tensors decide: conversions and tools for fine-tuning drop them and leave the config's claim.
+    """
+    names = Checkpoint.open(path).names()
+    prefix = next((p for p in mtp.PREFIXES if any(n.startswith(p) for n in names)), None)
+    if prefix is None:
+        claim = f"its config claims {config.n_mtp_layers} MTP layer"
+        return f"{claim} and no mtp.* tensor is there" if config.n_mtp_layers else "it has none"
+    present = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    missing = [n for n in mtp.expected_tensors(config) if not _there(n, present)]
+    if missing:
+        return f"{len(missing)} of its tensors are missing, such as {prefix}{missing[0]}"
+    return None
+
+
+def _there(name: str, present: set[str]) -> bool:
+    """Whether a weight is there, whole or quantised."""
+    stem = name.removesuffix("weight")
+    return name in present or any(found.startswith(stem) for found in present)
+
+
+def load_head(
+    target: Target, config: EngineConfig, n_draft_max: int, loading: Loading | None = None
+) -> MtpDrafter:
+    """Read the head from the target's checkpoint and plan its memory.
+
+    Raises:
+        PairingError: there is none, or it is not whole.
+    """
+    shape = target.config
+    assert isinstance(shape, Qwen35Config)
+    reason = find_head(target.path, shape)
+    if reason is not None:
+        raise PairingError(f"{target.path} has no MTP head: {reason}", "use another --spec-type")
+    raw = read_config(target.path)
+    try:
+        weights, _, bits = open_weights(
+            Checkpoint.open(target.path),
+            raw,
+            mtp.expected_tensors(shape),
+            mtp.IGNORED,
+            prefixes=mtp.PREFIXES,
+            dtype=target.dtype,
+        )
+    except WeightsError as error:
+        raise PairingError(
+            f"the MTP head of {target.path} cannot be read: {error.message}", error.hint
+        ) from error
+    ops = choose_ops(config, shape, stored_bits=bits, weights=weights.matrices(), drafter=True)
+    with packing(ops, weights, raw, config, loading):
+        head = mtp.MtpHead(shape, weights, ops, target.ctx_size + n_draft_max)
+    memory = Memory(
+        mtp.memory_layers(shape),
+        max_sequences=config.max_sequences,
+        max_tokens=target.ctx_size + n_draft_max,
+        max_rows=CATCH_UP + n_draft_max,
+        dtype=ops.kv_dtype,
+        pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
+    )
+    return MtpDrafter(head, target.model, memory, sample_drafts=config.sample_drafts)

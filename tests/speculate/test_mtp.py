@@ -1,0 +1,135 @@
+"""The native head: against a plain restatement in fp64, and refused when it is not whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from outdraft.config import EngineConfig
+from outdraft.engine.engine import LLM
+from outdraft.errors import ModelError
+from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.request import SamplingParams
+from outdraft.speculate.mtp import MtpDrafter
+from tests import tiny
+
+PROMPT = torch.randint(6, 300, (21,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def norm(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + w)
+
+
+def turned(x_THD: Tensor, theta: float, part: int) -> Tensor:
+    """Rotary positions 0, 1, ... on the first `part` dimensions."""
+    angles = torch.arange(x_THD.shape[0])[:, None] / theta ** (torch.arange(0, part, 2) / part)
+    cos, sin = angles.cos()[:, None].double(), angles.sin()[:, None].double()
+    a, b, rest = x_THD[..., : part // 2], x_THD[..., part // 2 : part], x_THD[..., part:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def head_of(w: dict[str, Tensor], c: Qwen35Config, embedded: Tensor, hidden: Tensor) -> Tensor:
+    """The head's results for rows 0, 1, ... of one sequence, whole and in fp64."""
+    u = torch.cat(
+        (
+            norm(embedded, w["pre_fc_norm_embedding.weight"]),
+            norm(hidden, w["pre_fc_norm_hidden.weight"]),
+        ),
+        dim=-1,
+    )
+    x = u @ w["fc.weight"].T
+    n, dim = x.shape[0], c.head_dim
+    y = norm(x, w["layers.0.input_layernorm.weight"])
+    q, gate = (y @ w["layers.0.self_attn.q_proj.weight"].T).view(n, -1, 2 * dim).chunk(2, dim=-1)
+    k = (y @ w["layers.0.self_attn.k_proj.weight"].T).view(n, -1, dim)
+    v = (y @ w["layers.0.self_attn.v_proj.weight"].T).view(n, -1, dim)
+    q = turned(norm(q, w["layers.0.self_attn.q_norm.weight"]), c.rope_theta, c.rotary_dim)
+    k = turned(norm(k, w["layers.0.self_attn.k_norm.weight"]), c.rope_theta, c.rotary_dim)
+    k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * dim**-0.5
+    scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
+    mixed = torch.einsum("hts,shd->thd", scores.softmax(-1), v) * gate.sigmoid()
+    x = x + mixed.reshape(n, -1) @ w["layers.0.self_attn.o_proj.weight"].T
+    y = norm(x, w["layers.0.post_attention_layernorm.weight"])
+    inner = F.silu(y @ w["layers.0.mlp.gate_proj.weight"].T) * (
+        y @ w["layers.0.mlp.up_proj.weight"].T
+    )
+    return norm(x + inner @ w["layers.0.mlp.down_proj.weight"].T, w["norm.weight"])
+
+
+@torch.inference_mode()
+def test_drafts_are_those_of_the_restatement(tmp_path: Path) -> None:
+    """Several rounds of one sequence, with accepted and rejected drafts between them."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=4)
+    llm = LLM(str(path), EngineConfig(backend="reference", draft_n=3, ctx_size=128))
+    drafter = llm.pairing.drafter
+    assert isinstance(drafter, MtpDrafter)
+    stored = {n: t.double() for n, t in load_file(path / "model.safetensors").items()}
+    head = {n.removeprefix("mtp."): t for n, t in stored.items() if n.startswith("mtp.")}
+    table, scorer = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
+    states: list[Tensor] = []
+    rounds: list[tuple[list[int], list[int]]] = []
+    read, propose = drafter.read, drafter.propose
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    llm.set_draft_n_max(0)
+    said = [*PROMPT, *llm.generate(PROMPT, params).tokens]
+    llm.set_draft_n_max(3)
+
+    def watched_read(sequence: str, first: int, hidden_TH: Tensor) -> None:
+        assert first == sum(part.shape[0] for part in states)
+        states.append(hidden_TH.double().clone())
+        read(sequence, first, hidden_TH)
+
+    def watched_propose(view: Any, k: int) -> Any:
+        draft = propose(view, k)
+        rounds.append((list(view.sequences[0].tokens), draft.tokens_BK[0].tolist()))
+        tokens, hidden = list(view.sequences[0].tokens), torch.cat(states)
+        for i in range(k):
+            out = head_of(head, drafter.head.config, table[tokens[1:]], hidden)
+            best = int((out[-1] @ scorer.T).argmax())
+            assert draft.tokens_BK[0, i] == best
+            tokens.append(best)
+            hidden = torch.cat((hidden, out[-1:]))
+        n, n_right = len(view.sequences[0].tokens), len(rounds) % (k + 1)
+        right = torch.tensor(said[n : n + n_right], dtype=torch.int64)
+        draft.tokens_BK[0, : min(k, len(right))] = right[:k]  # so that some are accepted
+        return draft
+
+    drafter.read, drafter.propose = watched_read, watched_propose  # type: ignore[method-assign]
+    done = llm.generate(PROMPT, params)
+    assert llm.runner.faults.n_drafter == 0 and done.tokens == said[len(PROMPT) :]
+    assert len(rounds) > 5 and done.stats.n_accepted > 5
+
+
+def without(path: Path, *names: str) -> Path:
+    """The same checkpoint without these tensors."""
+    tensors = load_file(path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith(names)}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_head_that_was_dropped_is_named(tmp_path: Path) -> None:
+    path = without(tiny.tiny_hybrid(tmp_path / "m"), "mtp.")
+    llm = LLM(str(path), EngineConfig(ctx_size=128))
+    assert llm.pairing.drafter is None
+    assert "claims 1 MTP layer and no mtp.* tensor is there" in llm.pairing.reason
+    with pytest.raises(ModelError, match="no MTP head"):
+        LLM(str(path), EngineConfig(ctx_size=128, spec_type="mtp"))
+
+
+def test_a_head_with_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    path = without(tiny.tiny_hybrid(tmp_path / "m"), "mtp.fc")
+    llm = LLM(str(path), EngineConfig(ctx_size=128))
+    assert llm.pairing.drafter is None
+    assert "1 of its tensors are missing, such as mtp.fc.weight" in llm.pairing.reason
+
+
+def test_another_family_has_no_native_head(tmp_path: Path) -> None:
+    path = tiny.tiny_target(tmp_path / "m", "plain")
+    with pytest.raises(ModelError, match="without MTP heads"):
+        LLM(str(path), EngineConfig(ctx_size=128, spec_type="mtp"))
