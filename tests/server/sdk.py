@@ -1,8 +1,5 @@
 """What tests with the real SDKs share: the demo in Python, a tool, clients. Not a test itself."""
 
-import asyncio
-from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -49,12 +46,6 @@ def anthropic_of(live: Live, **options: Any) -> anthropic.Anthropic:
 def async_anthropic_of(live: Live) -> anthropic.AsyncAnthropic:
     http = anthropic.DefaultAsyncHttpxClient(trust_env=False)
     return anthropic.AsyncAnthropic(base_url=live.url, api_key="none", http_client=http)
-
-
-def run(work: Coroutine[Any, Any, list[str]]) -> list[str]:
-    """In a thread of its own: the browser's tests leave a loop running in the main one."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
 
 
 @cache

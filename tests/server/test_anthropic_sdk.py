@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from outdraft.server.responses import item_messages
-from tests.server.live import Live, live_server
+from tests.server.live import Live, live_server, run
 from tests.server.sdk import (
     MESSAGES,
     PROMPT,
@@ -19,7 +19,6 @@ from tests.server.sdk import (
     check_weather,
     openai_of,
     python_says,
-    run,
 )
 
 TOOL: Any = {"name": "weather", "description": "The weather.", "input_schema": WEATHER}

@@ -8,7 +8,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.server.live import Live
+from tests.server.live import Live, run
 from tests.server.sdk import (
     MESSAGES,
     PROMPT,
@@ -18,7 +18,6 @@ from tests.server.sdk import (
     demo,
     openai_of,
     python_says,
-    run,
 )
 
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
