@@ -31,6 +31,7 @@ VERBS = {
     "serve": "Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "verify": "Prove on this machine that drafting, batching and caching change no token.",
+    "tune": "Make the drafter fit a target, on the target's own answers.",
     "train": "Train a target and its drafter from text.",
 }
 UNFORESEEN, WRONG_USE = 1, 2
