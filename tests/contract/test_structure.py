@@ -36,6 +36,7 @@ TORCH_FREE = (
     "engine/stats.py",
     "speculate/costs.py",
     "speculate/length.py",
+    "speculate/trial.py",
     "speculate/stats.py",
 )
 FILE_LIMIT, FILE_HARD, LONG_FILES = 400, 600, set[str]()

@@ -146,7 +146,7 @@ def measure_kernels(
         `bits`: backend and kernel -> bits a weight.
     """
     cold = random_memory(cold_bytes())
-    timings: list[Timing] = []
+    entries: list[dict[str, Any]] = []
     reads: list[float] = []
     invariant: dict[str, bool] = {}
     for n, k in sizes:
@@ -155,16 +155,26 @@ def measure_kernels(
             label = f"{backend.name} {backend.kernel}"
             invariant[label] = invariant.get(label, True) and backend.row_invariant()
         cases = [backend.case(count) for count in rows for backend in backends]
-        timings += time_in_turn(cases, rounds, lambda: reads.append(read_seconds([cold])))
-    others = time_in_turn(more, rounds, lambda: reads.append(read_seconds([cold])))
-    read_gb_s = cold.numel() / median(reads) / 1e9
+        entries += timed(cases, rounds, cold, reads)
+    others = timed(more, rounds, cold, reads)
     return {
-        "read_gb_s": read_gb_s,
-        "rows": [_entry(timing, timings, read_gb_s) for timing in timings],
-        "others": [_entry(timing, others, read_gb_s) for timing in others],
+        "read_gb_s": cold.numel() / median(reads) / 1e9,
+        "rows": entries,
+        "others": others,
         "row_invariant": invariant,
         "bits": {f"{backend.name} {backend.kernel}": backend.bits for backend in backends},
     }
+
+
+def timed(
+    cases: Sequence[Case], rounds: int, cold: Tensor, reads: list[float]
+) -> list[dict[str, Any]]:
+    """Figures of all cases beside the pure reads between their rounds, which join `reads`."""
+    own: list[float] = []
+    timings = time_in_turn(cases, rounds, lambda: own.append(read_seconds([cold])))
+    reads += own
+    read_gb_s = cold.numel() / median(own) / 1e9
+    return [_entry(timing, timings, read_gb_s) for timing in timings]
 
 
 def time_in_turn(cases: Sequence[Case], rounds: int, between: Callable[[], object]) -> list[Timing]:
@@ -207,6 +217,7 @@ def _entry(timing: Timing, timings: Sequence[Timing], read_gb_s: float) -> dict[
         "min_us": min(timing.seconds) * 1e6,
         "max_us": max(timing.seconds) * 1e6,
         "gb_s": gb_s,
+        "read_gb_s": read_gb_s,
         "share_of_read": gb_s / read_gb_s,
         "cost": None if one is None else seconds / median(one.seconds),
     }

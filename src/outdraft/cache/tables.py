@@ -22,10 +22,9 @@ Ints = NDArray[np.int32]
 class PageTables:
     """The tables of `books` as arrays; a sequence's row is its slot."""
 
-    def __init__(self, books: PageBooks, n_slots: int, device: torch.device | None = None) -> None:
+    def __init__(self, books: PageBooks, n_slots: int) -> None:
         """`n_slots`: sequences at a time; it grows where there are more."""
         self.books = books
-        self.device = device
         self.n_slots = 0
         self._allocate(n_slots)
 
@@ -46,8 +45,7 @@ class PageTables:
 
     def behind(self, rows: Ints) -> Tensor:
         """Numbers of rows [n, T], then all tables, in one tensor."""
-        numbers = torch.from_numpy(np.concatenate((rows.reshape(-1), self.flat)))
-        return numbers if self.device is None else numbers.to(self.device)
+        return torch.from_numpy(np.concatenate((rows.reshape(-1), self.flat)))
 
     def views(self, numbers: Tensor, n_parts: int) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Of what `behind` made: the rows [n, T]; and table [S, P] and first page [S] by group."""

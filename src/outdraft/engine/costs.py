@@ -21,7 +21,7 @@ from outdraft.models.registry import Target
 from outdraft.ops.record import Recordable
 from outdraft.request import SamplingParams
 from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
-from outdraft.speculate.length import LengthController
+from outdraft.speculate.length import LengthController, is_usual
 
 SCRATCH = "cost measurement"
 CONTEXT = 256
@@ -104,7 +104,7 @@ def _record(
 ) -> None:
     """Run the sizes that were not measured once: the first time of a size is slow."""
     most = min(MAX_RECORDED_ROWS, len(names) * (n_draft_max + 1))
-    for n_rows in range(1, most + 1):
+    for n_rows in filter(is_usual, range(1, most + 1)):
         if time.perf_counter() > deadline:
             return
         _verify(bench, names, n_rows)

@@ -15,6 +15,7 @@ from outdraft.engine.sequence import Sequence
 from outdraft.request import SamplingParams
 from outdraft.speculate.drafter import Drafter, ManySources, draws
 from outdraft.speculate.length import FREE, Choice, LengthController
+from outdraft.speculate.trial import Trial, Trials
 
 MODEL = ("model",)  # the one source of a drafter that says nothing of its own
 
@@ -37,6 +38,8 @@ class StepCosts:
 
 
 SPEED_UP_DECAY = 0.995
+SETTLED = 256  # steps after which
+EVERY = 4  # only each fourth is learned from
 
 
 class AutoLengths:
@@ -49,7 +52,10 @@ class AutoLengths:
         self.drafter = drafter if isinstance(drafter, ManySources) else None
         self.likeliest = LengthController(n_draft_max)
         self.drawn = LengthController(n_draft_max)
+        self.trials = {False: Trials(), True: Trials()}  # with drawn drafts, and without
         self._chosen: dict[str, Choice] = {}
+        self._alike = False
+        self._n_steps = 0
         self._seen: set[tuple[bool, int, int, int]] = set()
         self._spent_s = self._plain_s = 0.0
 
@@ -72,7 +78,11 @@ class AutoLengths:
             asked = [(s.id, MODEL) for s in decoding]
         else:
             asked = [(s.id, drafter.sources(s.id, s.tokens)) for s in decoding]
-        choices = self._of(decoding).choose(asked)
+        controller = self._of(decoding)
+        choices = controller.choose(asked)
+        self._alike = not any(choice.n_drafts for choice in choices)
+        if decoding and self._trial(controller, len(decoding)).decodes_plainly:
+            choices = [Choice(0, choice.source) for choice in choices]
         self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
         if drafter is not None:
             drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
@@ -103,6 +113,15 @@ class AutoLengths:
         ]
         n_drafting, depth = len(in_round), max(in_round, default=0)
         size = (drawn, step.n_rows, n_drafting, depth)
+        target_s = step.pass_s if drawn else step.pass_s + step.rest_s
+        if step.clean and size in self._seen:
+            n_tokens = step.n_sequences + sum(n_accepted for _, n_accepted in step.blocks.values())
+            self._trial(controller, step.n_sequences).observe(
+                n_tokens, target_s + step.draft_s, alike=self._alike
+            )
+        self._n_steps += 1
+        if self._n_steps > SETTLED and self._n_steps % EVERY:
+            return  # learning costs time, too
         if step.clean and size in self._seen:
             controller.observe_step(
                 step.n_sequences,
@@ -113,7 +132,6 @@ class AutoLengths:
                 step.draft_s,
                 None if drawn else step.rest_s,
             )
-            target_s = step.pass_s if drawn else step.pass_s + step.rest_s
             self._compare(step, target_s, controller)
         if step.clean:
             self._seen.add(size)
@@ -125,6 +143,9 @@ class AutoLengths:
             n_tokens = n + sum(n_accepted for _, n_accepted in step.blocks.values())
             self._plain_s = SPEED_UP_DECAY * self._plain_s + n_tokens / n * plain_s
             self._spent_s = SPEED_UP_DECAY * self._spent_s + target_s + step.draft_s
+
+    def _trial(self, controller: LengthController, n_sequences: int) -> Trial:
+        return self.trials[controller is self.drawn].of(n_sequences)
 
     def _of(self, sequences: Seq[Sequence]) -> LengthController:
         drawn = any(self.draws(s.request.params) for s in sequences)

@@ -17,10 +17,18 @@ FADE = 0.99
 PRIOR = 0.6
 PRIOR_WEIGHT = 4.0
 PROBE_SHARE = 0.01
-USES = 4  # a choice for many sequences serves so many steps, for one sequence two
+USES = 8  # a choice for many sequences serves so many steps, for one sequence two
 OWN_ENOUGH = 16.0  # blocks of its own, from which on what others do changes little
 MARGIN = 1.01  # drafting must promise so much more than plain decoding
+BATCH_MARGIN = 1.05  # and so much in a batch, where choosing itself takes longer
+USUAL = 4  # beyond `FEW` rows only multiples of this are chosen: the first pass of a size is slow
+FEW = 16
 FREE = "ngram"  # sources whose names begin so cost no draft round
+
+
+def is_usual(n_rows: int) -> bool:
+    """Whether passes of so many rows are chosen."""
+    return n_rows <= FEW or n_rows % USUAL == 0
 
 
 @dataclass(slots=True)
@@ -157,7 +165,8 @@ class LengthController:
         # A gain is never larger than the one before it, so the order keeps each sequence's own.
         order = sorted((-g, j, i) for i, own in enumerate(gains) for j, g in enumerate(own))
         expected, n_drafting, depth, best_m = float(n), 0, 0, 0
-        best_rate, round_s = MARGIN * expected / (pass_s(n) + rest_s), 0.0
+        margin = MARGIN if n == 1 else BATCH_MARGIN
+        best_rate, round_s = margin * expected / (pass_s(n) + rest_s), 0.0
         for m, (gain, j, i) in enumerate(order, 1):
             expected -= gain
             if modelled[i] and (j == 0 or j >= depth):
@@ -165,7 +174,7 @@ class LengthController:
                 depth = max(depth, j + 1)
                 round_s = draft_s(n_drafting, depth)
             rate = expected / (pass_s(n + m) + round_s + rest_s)
-            if rate > best_rate:
+            if rate > best_rate and (is_usual(n + m) or m == len(order)):
                 best_m, best_rate = m, rate
         lengths = [0] * n
         for _, j, i in order[:best_m]:
