@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from outdraft.errors import OutdraftError, TrainingError
 
 PART_CHARS = 4000
+MAX_TOKEN_CHARS = 32  # a text is not read further than a prompt of such tokens reaches
 MAX_BAD_SHARE = 0.1
 MAX_SHOWN = 3
 HELDOUT_SHARE = 5  # at most one row in so many
@@ -157,7 +158,7 @@ def _prompt(row: Any, model: Encoder, vocab_size: int, n_tokens: int) -> Prompt:
     elif isinstance(row.get("prompt"), str) and row["prompt"]:
         prompt = model.encode(row["prompt"])
     elif isinstance(row.get("text"), str) and row["text"].strip():
-        return model.encode(_from_a_line(row["text"]))[:n_tokens]
+        return model.encode(_from_a_line(row["text"])[: MAX_TOKEN_CHARS * n_tokens])[:n_tokens]
     else:
         raise BadRow("it has no messages, conversations, tokens, prompt or text")
     if len(prompt) > n_tokens:  # cutting a conversation would make another one
