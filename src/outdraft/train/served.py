@@ -19,7 +19,7 @@ from outdraft.errors import TrainingError
 from outdraft.models import gemma4, gemma4_assistant
 from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
-from outdraft.models.registry import CANDIDATES, open_weights, resolve_quant
+from outdraft.models.registry import CANDIDATES, open_weights, resolve_dtype, resolve_quant
 from outdraft.ops.base import Role
 from outdraft.ops.batched import BatchedOps
 from outdraft.ops.cpu import CpuOps
@@ -62,7 +62,7 @@ def served_target(path: Path, engine: EngineConfig) -> Gemma4:
         gemma4.expected_tensors(config),
         gemma4.ignore_rules(config),
         prefixes=gemma4.PREFIXES,
-        dtype=torch.bfloat16,
+        dtype=resolve_dtype(engine.dtype, config.dtype),
     )
     format: Format = resolve_quant(engine, bits, drafter=False)
     weights.stored = True
