@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from outdraft import LLM, EngineConfig, SamplingParams
+from outdraft.bench.peers.transformers import sharing_modes
 from outdraft.errors import TrainingError
 from outdraft.speculate.stats import DraftStats
 from outdraft.train import tune as tuning_run
@@ -196,10 +197,10 @@ def test_a_tuned_drafter_loads_and_changes_no_token(
     tmp_path: Path, pair: tuple[Path, Path], settings: TuneSettings
 ) -> None:
     out = tmp_path / "tuned"
-    stronger = replace(settings, steps=150, samples=64)
+    stronger = replace(settings, steps=100, samples=96, n_heldout=24, new_tokens=32)
     report = tune(out, stronger, quiet)
     assert report["change"]["tokens_per_pass"] > 2 * report["change"]["standard_error"]
-    assert json.loads((out / "report.json").read_text())["steps"] == 150
+    assert json.loads((out / "report.json").read_text())["steps"] == 100
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".tuned*"))
     params = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -218,6 +219,9 @@ def test_the_export_loads_in_transformers(
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "Gemma4AssistantForCausalLM"):
         pytest.skip("this transformers has no Gemma 4 assistant")
+    # Its release 5.23.0 cannot build any assistant; see bench/peers/transformers.py.
+    modes = property(sharing_modes)
+    monkeypatch.setattr(transformers.Gemma4TextConfig, "kv_sharing_modes", modes)
     monkeypatch.setattr(tuning_run, "is_better", lambda change: True)
     out = tmp_path / "tuned"
     tune(out, settings, quiet)

@@ -3,8 +3,8 @@
 Here: the table of verbs, loaded only when one is used, and what happens when one fails. Not here:
 the verbs, one file each.
 
-Exit codes: 0 done, 1 something unforeseen, 2 wrong use or a model that cannot be used, 3 `tune` gained
-nothing, 130 Ctrl-C.
+Exit codes: 0 done, 1 something unforeseen, 2 wrong use or a model that cannot be used, 3 `tune`
+gained nothing, 130 Ctrl-C.
 """
 
 from importlib import import_module
