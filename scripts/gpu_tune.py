@@ -62,9 +62,9 @@ def shapes_of(asked):
         gemma4.Gemma4(shape.target, placeholders(gemma4.expected_tensors(shape.target)),
                       Shapes(torch.device("cpu"), quant), 1)  # fmt: skip
         own = "w8" if quant == "w4" else quant
-        expected = gemma4_assistant.expected_tensors(shape.assistant)
+        expected = gemma4_assistant.expected_tensors(shape.drafter)
         gemma4_assistant.Gemma4Assistant(
-            shape.assistant, placeholders(expected), Shapes(torch.device("cpu"), own), 1
+            shape.drafter, placeholders(expected), Shapes(torch.device("cpu"), own), 1
         )
     return list(SEEN)
 

@@ -1,5 +1,7 @@
 """Made-up weights are real packed weights, and a tiny shape goes through the whole measurement."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from outdraft.bench.synthetic import (
 )
 from outdraft.errors import OutdraftError
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.registry import family_of
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import Format
 from tests import tiny
@@ -25,6 +28,13 @@ SETTINGS = Settings(context=150, n_tokens=3, rounds=2)
 
 def tiny_shape(name: str, *, ordered: bool = False) -> Shape:
     target = tiny.target_config(name)
+    if name in tiny.OTHERS:
+        family = family_of(target, Path(name))
+        config = family.read_config(target)
+        drafter = config
+        if name == "ministral3":
+            drafter = family.read_config(tiny.target_config(name, num_hidden_layers=2))
+        return Shape(name, config, drafter, 0, 0, family)
     assistant = AssistantConfig.from_hf(tiny.assistant_config(target, ordered=ordered))
     return Shape(name, Gemma4Config.from_hf(target), assistant, 0, 0)
 
@@ -45,28 +55,39 @@ def test_a_made_up_weight_repeats_its_rows(format: Format) -> None:
     assert len(set(y[0, :DISTINCT_ROWS].tolist())) > DISTINCT_ROWS // 2
 
 
-@pytest.mark.parametrize("name", ["plain", "moe", "e2b"])
+@pytest.mark.parametrize("name", ["plain", "moe", "e2b", "ministral3", "qwen3_5", "qwen3_5_moe"])
 def test_the_bytes_of_a_model_are_those_that_were_planned(name: str) -> None:
     shape, ops = tiny_shape(name), SyntheticOps("w4")
-    synthetic_target(shape.target, ops, 8)
+    synthetic_target(shape.target, ops, 8, shape.family)
     planned = weight_bytes(shape, Settings(quant="w4"))
     assert 0 < sum(weight.n_bytes for weight in ops.weights) < planned
 
 
-@pytest.mark.parametrize(("name", "ordered"), [("plain", False), ("moe", False), ("e2b", True)])
+@pytest.mark.parametrize(
+    ("name", "ordered"),
+    [
+        ("plain", False),
+        ("moe", False),
+        ("e2b", True),
+        ("ministral3", False),
+        ("qwen3_5", False),
+        ("qwen3_5_moe", False),
+    ],
+)
 def test_a_tiny_shape_is_measured(name: str, ordered: bool) -> None:
     report = measure_shape(tiny_shape(name, ordered=ordered), SETTINGS, [0.8, 0.7, 0.6])
     assert [row["rows"] for row in report["cost_by_rows"]] == list(range(1, 9))
     n_bytes = [row["bytes"] for row in report["cost_by_rows"]]
     assert n_bytes == sorted(n_bytes)
-    # a pass of eight rows reads what one does, and more experts
-    assert (n_bytes[-1] > 1.1 * n_bytes[0]) == (name == "moe")
+    # a pass of eight rows reads what one does, and more experts; it writes a state a row
+    assert (n_bytes[-1] > 1.1 * n_bytes[0]) == ("moe" in name or "qwen" in name)
     assert n_bytes[-1] < report["packed_bytes"] + report["kv_bytes"]
     assert 0 < report["python_share"] < 1
     assert report["plain_tok_s"] > 0 and report["read_gb_s"] > 0 and report["draft_step_us"] > 0
     assert [entry["k"] for entry in report["drafting"]] == [1, 2, 3]
     assert report["draft_tok_s"] == max(entry["tok_s"] for entry in report["drafting"])
-    assert set(report["time_by_part_us"]) == {"linear", "attention", "norms and the rest", "head"}
+    parts = {"linear", "attention", "norms and the rest", "head"}
+    assert set(report["time_by_part_us"]) == parts | ({"recurrence"} if "qwen" in name else set())
     assert "made up" in report["synthetic"]
 
 

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from outdraft.cli.checkup import examine
 from outdraft.cli.inspect import size
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
+from outdraft.models import mtp
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.packed import PackedLinear
 from tests import tiny
 from tests.cli.conftest import Invoke
@@ -176,3 +180,27 @@ def test_packed_sizes_and_files_are_those_of_the_engine(
     assert str(files[0][1]) in outdraft("inspect", target, "--cache-dir", cache).stdout.replace(
         "\n", ""
     ).replace(" ", "")
+
+
+def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m")
+    result = outdraft("inspect", path)
+    assert result.exit_code == 0, result.output
+    assert "recurrent state" in result.stdout and "k + 2 of them" in result.stdout
+    assert "mtp: the head in the checkpoint" in result.stdout
+    assert "drafting up to 3 tokens" in result.stdout
+    assert "the MTP head, which the drafter reads" in result.stdout
+    config = Qwen35Config.from_hf(json.loads((path / "config.json").read_text()))
+    head = json.loads(outdraft("inspect", path, "--json").stdout)["drafter"]
+    tensors = mtp.expected_tensors(config).values()
+    assert head["n_params"] == sum(torch.Size(t.shape).numel() for t in tensors)
+
+
+def test_a_hybrid_that_lost_its_head(outdraft: Invoke, tmp_path: Path) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith("mtp.")}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    result = outdraft("inspect", path)
+    assert result.exit_code == 0, result.output
+    assert "without drafting" in result.stdout and "no mtp.* tensor" in result.stdout

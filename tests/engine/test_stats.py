@@ -122,4 +122,4 @@ def test_the_speed_up_is_tokens_over_those_of_plain_steps() -> None:
     drafted = StepCosts(1, 4, 0.002, 0.010, 0.001, {"a": (3, 2)})
     for _ in range(3000):
         lengths.observe([sequence], drafted)
-    assert lengths.speed_up == pytest.approx(3 * 0.010 / 0.013, rel=1e-3)
+    assert lengths.speed_up == pytest.approx(3 * 0.010 / 0.013, rel=5e-3)

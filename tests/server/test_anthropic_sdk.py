@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from outdraft.server.responses import item_messages
-from tests.server.live import Live, live_server
+from tests.server.live import Live, live_server, run
 from tests.server.sdk import (
     MESSAGES,
     PROMPT,
@@ -141,7 +141,7 @@ def test_from_asyncio(live: Live) -> None:
 
             return await asyncio.gather(*(one() for _ in range(4)))
 
-    assert asyncio.run(ask()) == [expected] * 4
+    assert run(ask()) == [expected] * 4
 
 
 def test_models(live: Live) -> None:

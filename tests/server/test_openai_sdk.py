@@ -8,7 +8,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.server.live import Live
+from tests.server.live import Live, run
 from tests.server.sdk import (
     MESSAGES,
     PROMPT,
@@ -94,7 +94,7 @@ def test_many_at_once_from_asyncio(live: Live) -> None:
 
             return await asyncio.gather(*(one(i % 2 == 0) for i in range(6)))
 
-    assert asyncio.run(ask()) == [expected] * 6
+    assert run(ask()) == [expected] * 6
 
 
 def test_completions_and_embeddings(live: Live) -> None:

@@ -38,6 +38,13 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
+@pytest.fixture(scope="session")
+def live() -> Iterator[Live]:
+    """A server of fixed draft lengths: whether drafting pays here and now is not what is tested."""
+    with live_server("--spec-draft-n", "3") as server:
+        yield server
+
+
 @dataclass
 class Watch:
     """What a page did that it must not."""

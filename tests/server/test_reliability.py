@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.live import Live, live_server, wait_ready
+from tests.server.live import Live, live_server, run, wait_ready
 
 LONG = {"prompt": "def f(x):\n", "max_tokens": 3000, "ignore_eos": True, "stream": True}
 
@@ -95,7 +95,7 @@ async def flood(url: str, n: int) -> Counter[int]:
 
 def test_overload_answers_only_200_429_503(small: Live) -> None:
     """16 times what is taken on, from one client: its share is 6 of 8, so the rest gets 429."""
-    statuses = asyncio.run(flood(small.url, 128))
+    statuses = run(flood(small.url, 128))
     assert set(statuses) <= {200, 429, 503}
     assert statuses[200] >= 6
     assert statuses[429] > 0
@@ -174,7 +174,7 @@ def test_soak(small: Live) -> None:
     server, marks = psutil.Process(small.process.pid), []
     started = time.monotonic()
     while time.monotonic() - started < seconds:
-        asyncio.run(flood(small.url, 12))
+        run(flood(small.url, 12))
         kill_connections(small, 4, seed=rng.randrange(2**30))
         small.post("/v1/embeddings", {"input": f"text {rng.random()}"})
         stats = small.wait_idle()

@@ -28,7 +28,7 @@ from outdraft.server.app import FRONTS, LOOKS
 from outdraft.server.errors import ApiError
 from outdraft.server.renderer import Renderer
 from outdraft.weights.find import resolve_model
-from tests.server.live import ROOT, Live
+from tests.server.live import ROOT, Live, run
 
 SOURCE = ROOT / "src" / "outdraft"
 CHAT = "/v1/chat/completions"
@@ -101,7 +101,7 @@ def test_class_02_a_model_folder_is_not_code(tmp_path: Path) -> None:
         finally:
             await renderer.close()
 
-    assert "hi" in asyncio.run(render())
+    assert "hi" in run(render())
     assert not trace.exists()
 
 
@@ -137,7 +137,7 @@ def test_class_03_templates(tmp_path: Path, name: str) -> None:
         finally:
             await renderer.close()
 
-    asyncio.run(asyncio.wait_for(attack(), 60))
+    run(asyncio.wait_for(attack(), 60))
 
 
 def test_class_03_templates_come_with_the_model_only(live: Live) -> None:
@@ -450,7 +450,7 @@ def test_class_14_requests_do_not_see_each_other(live: Live) -> None:
             posts = [client.post("/v1/completions", json=ask) for ask in asks * 2]
             return [r.json()["choices"] for r in await asyncio.gather(*posts)]
 
-    assert asyncio.run(together()) == alone * 2
+    assert run(together()) == alone * 2
 
 
 def test_class_15_prefix_cache_isolation(live: Live) -> None:

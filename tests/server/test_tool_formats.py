@@ -215,6 +215,21 @@ def test_what_is_no_call_is_text(name: str, text: str) -> None:
     assert message == message_of(read(name, text))
 
 
+def test_depth_is_bounded() -> None:
+    for depth, n_calls in ((100, 1), (200, 0)):
+        value = "[" * depth + "]" * depth
+        text = f'<tool_call>{{"name": "f", "arguments": {{"a": {value}}}}}</tool_call>'
+        message = message_of(read("hermes", [text]))
+        assert len(message.calls) == n_calls
+        assert message.content == ("" if n_calls else text)
+
+
+def test_a_whole_call_does_not_come_back_with_the_broken_one_behind_it() -> None:
+    message = message_of(read("mistral", ['[TOOL_CALLS][{"name": "f"}, {"name": 1}]']))
+    assert [c.name for c in message.calls] == ["f"]
+    assert message.content == ', {"name": 1}]'
+
+
 def test_a_broken_call_does_not_hide_the_next() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": <tool_call>{"name": "f"}</tool_call> end'
     deltas = read("hermes", [text])

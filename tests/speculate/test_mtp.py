@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from outdraft.cache.attend import CausalCall
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
 from outdraft.errors import ModelError
@@ -133,3 +134,37 @@ def test_another_family_has_no_native_head(tmp_path: Path) -> None:
     path = tiny.tiny_target(tmp_path / "m", "plain")
     with pytest.raises(ModelError, match="without MTP heads"):
         LLM(str(path), EngineConfig(ctx_size=128, spec_type="mtp"))
+
+
+@torch.inference_mode()
+def test_recorded_rounds_draft_what_plain_calls_do(tmp_path: Path) -> None:
+    """Every pass of the head, of sequences that come and go, with drafts kept and not; the scores
+    as well, bit for bit."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=6, dtype="bfloat16")
+    config = EngineConfig(backend="cpu", draft_n=3, ctx_size=256, max_sequences=3)
+    llm = LLM(str(path), config)
+    drafter = llm.pairing.drafter
+    assert isinstance(drafter, MtpDrafter) and drafter.recorder is not None
+    replayed, score = drafter._replayed, drafter._score
+    seen: list[int] = []
+
+    def watched(recorder: Any, numbers: Tensor, hidden_TK: Tensor, view: Any) -> Tensor:
+        call = CausalCall.of(drafter.memory, drafter.head.ops, numbers.clone())
+        plain = drafter._forward(call, hidden_TK.clone(), view)
+        done = replayed(recorder, numbers, hidden_TK, view)
+        assert torch.equal(done, plain)
+        seen.append(len(done))
+        return done
+
+    def watched_score(done_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_BV = drafter.target.logits(done_BK)
+        plain = logits_BV, *drafter.head.ops.best(logits_BV)
+        got = score(done_BK)
+        assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+        return got
+
+    drafter._replayed, drafter._score = watched, watched_score  # type: ignore[method-assign]
+    prompts = [PROMPT[:n] for n in (21, 5, 13, 9, 17)]
+    many = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 25, 12)]
+    llm.generate_all(prompts, many)
+    assert llm.runner.faults.n_drafter == 0 and set(seen) >= {1, 2, 3}

@@ -11,9 +11,8 @@ import torch
 
 from outdraft.bench.synthetic import SyntheticOps, repeat_into
 from outdraft.cache.memory import Memory
-from outdraft.models.gemma4 import Gemma4
-from outdraft.models.gemma4_config import Gemma4Config
-from outdraft.models.registry import GEMMA4, Target
+from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.registry import Family, Target
 from outdraft.ops.base import PAGE_SLOTS, Ops
 from outdraft.ops.packed import Format
 from outdraft.text.stream import IncrementalDetokenizer
@@ -38,11 +37,13 @@ class NoText(IncrementalDetokenizer):
         return ""
 
 
-def as_target(config: Gemma4Config, model: Gemma4, ops: Ops, n_positions: int) -> Target:
+def as_target(
+    family: Family, config: TargetConfig, model: TargetModel, ops: Ops, n_positions: int
+) -> Target:
     """A target that was loaded from nowhere."""
     nothing = LoadReport(0, 0, Counter(), ())
     where = Path(SEQUENCE)
-    return Target(where, GEMMA4, config, model, nothing, torch.bfloat16, ops, n_positions)
+    return Target(where, family, config, model, nothing, torch.bfloat16, ops, n_positions)
 
 
 def made_up_ops(device: torch.device, format: Format) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
 from outdraft.bench.made_up import (
     FILL_ROWS,
@@ -29,12 +30,8 @@ from outdraft.bench.made_up import (
 )
 from outdraft.bench.shapes import Shape
 from outdraft.bench.stopwatch import Stopwatch, clock
-from outdraft.bench.synthetic import (
-    CountingOps,
-    synthetic_assistant,
-    synthetic_target,
-)
-from outdraft.bench.touched import keys_touched, weights_touched
+from outdraft.bench.synthetic import CountingOps, synthetic_target
+from outdraft.bench.touched import memory_touched, weights_touched
 from outdraft.cache.attend import CausalCall
 from outdraft.cache.memory import Memory, Span
 from outdraft.device import CPU, free_bytes
@@ -43,11 +40,10 @@ from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.runner import Runner
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
-from outdraft.models.gemma4 import Gemma4, memory_layers
+from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.ops.packed import Format
-from outdraft.request import Request, SamplingParams
-from outdraft.speculate.drafter import SequenceView, TargetView
-from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
+from outdraft.request import Request
+from outdraft.speculate.drafter import Drafter
 from outdraft.text.stream import StopStrings
 
 MAX_ROWS = 8
@@ -169,13 +165,14 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """A target, its assistant and one sequence with its context filled."""
+    """A target, its drafter and one sequence with its context filled."""
 
-    model: Gemma4
+    config: TargetConfig
+    model: TargetModel
     ops: Any
     memory: Memory
     runner: Runner
-    drafter: Gemma4AssistantDrafter
+    drafter: Any
     packed_bytes: int
 
     @classmethod
@@ -185,31 +182,33 @@ class Rig:
         Raises:
             OutdraftError: they do not fit.
         """
-        config, n_positions = shape.target, settings.n_positions
+        family, config, n_positions = shape.family, shape.target, settings.n_positions
+        if family.cpu_only is not None and settings.device.type != "cpu":
+            raise OutdraftError(
+                f"{shape.name} cannot run on the GPU: {family.cpu_only}", "use --device cpu"
+            )
         needed = weight_bytes(shape, settings)
         memory = Memory(
-            memory_layers(config),
+            family.memory_layers(config),
             max_sequences=1,
             max_tokens=n_positions,
             max_rows=FILL_ROWS,
             dtype=torch.bfloat16,
             device=settings.device,
+            n_draft_max=MAX_ROWS - 1,
         )
         check_fits(shape.name, needed + memory.n_bytes, settings.device)
         ops = made_up_ops(settings.device, settings.quant)
         draft_ops = made_up_ops(settings.device, settings.draft_format)
-        model = synthetic_target(config, ops, n_positions)
-        assert isinstance(model, Gemma4)
-        assistant = synthetic_assistant(shape.assistant, draft_ops, n_positions)
-        kinds = dict.fromkeys(shape.assistant.text.layer_types)
-        kv_layers: dict[str, int] = {kind: config.last_owner(kind) for kind in kinds}
-        drafter = Gemma4AssistantDrafter(assistant, kv_layers)
+        model = synthetic_target(config, ops, n_positions, family)
+        drafter: Drafter = synthetic_drafter(shape, model, draft_ops, n_positions)
         fill_context(memory, settings.context)
         return cls(
+            config,
             model,
             ops,
             memory,
-            Runner(as_target(shape.target, model, ops, n_positions), drafter, memory),
+            Runner(as_target(family, config, model, ops, n_positions), drafter, memory),
             drafter,
             sum(weight.n_bytes for weight in [*ops.weights, *draft_ops.weights]),
         )
@@ -257,7 +256,7 @@ class Rig:
             one row, `bytes` touched; and the bandwidth in 1e9 bytes a second.
         """
         rng = random.Random(0)
-        chosen = rng.sample(range(self.model.config.vocab_size), MAX_ROWS)
+        chosen = rng.sample(range(self.config.vocab_size), MAX_ROWS)
         rows = {n: chosen[:n] for n in range(1, MAX_ROWS + 1)}
         n_bytes = {n: self._record(tokens) for n, tokens in rows.items()}
         parts = self._large_parts()
@@ -284,14 +283,10 @@ class Rig:
     @torch.inference_mode()
     def time_draft_step(self, k: int, rounds: int) -> float:
         """Seconds of one draft step, of rounds of k."""
-        length = self.memory.lengths[SEQUENCE]
-        hidden_H = self.run([FIRST_TOKEN]).hidden_TH[0].clone()
-        sequence = SequenceView(
-            SEQUENCE, [FIRST_TOKEN] * (length + 1), SamplingParams(), 0, hidden_H
-        )
-        view = TargetView([sequence], self.memory, self.model.embed, self.ops)
-        self.drafter.propose(view, k)
-        return median(clock(self.drafter.propose, view, k) for _ in range(rounds)) / k
+        tokens = [FIRST_TOKEN] * (self.memory.lengths[SEQUENCE] + 1)
+        self.memory.reserve(SEQUENCE, 1)
+        behind = Rounds(self.drafter, self.memory, self.model, tokens, k)
+        return median(clock(behind.next) for _ in range(rounds)) / k
 
     @torch.inference_mode()
     def time_parts(self, rounds: int) -> dict[str, float]:
@@ -306,11 +301,14 @@ class Rig:
         for _ in range(rounds + 1):
             watch: Any = Stopwatch(self.ops)
             call = CausalCall.prepare(self.memory, watch, [Span(SEQUENCE, 0, 1)], [FIRST_TOKEN])
-            self.model.ops = watch
+            holders = ops_holders(self.model)
+            for holder in holders:
+                holder.ops = watch
             try:
                 hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             finally:
-                self.model.ops = self.ops
+                for holder in holders:
+                    holder.ops = self.ops
             head = clock(self._score, hidden_TH)
             found.append({**watch.by_part(), "head": head})
         return {part: median(one[part] for one in found[1:]) * 1e6 for part in found[0]}
@@ -333,9 +331,11 @@ class Rig:
         self.run(tokens)
         if recorded == len(self.ops.routed):  # one row has been recorded before
             recorded = 0
-        per_layer = self.ops.routed[recorded : recorded + self.model.config.n_layers]
+        n_routed = sum(weight.n_blocks > 1 for weight in self.ops.weights) // 2
+        per_layer = self.ops.routed[recorded : recorded + n_routed]
         hits = [len(set(ids_TA.flatten().tolist())) for ids_TA in per_layer]
-        return weights_touched(self.model, len(tokens), hits) + keys_touched(self.memory, SEQUENCE)
+        n_bytes = weights_touched(self.model, self.ops.weights, len(tokens), hits)
+        return n_bytes + memory_touched(self.memory, SEQUENCE, len(tokens))
 
     def _large_parts(self) -> list[Tensor]:
         """The largest weights, about a gigabyte: more than any cache where the model is."""
@@ -348,11 +348,17 @@ class Rig:
         return parts
 
 
+def ops_holders(model: Any) -> list[Any]:
+    """The model and those of its parts that hold its operations."""
+    parts = [getattr(layer, name, None) for layer in model.layers for name in ("mixer", "mlp")]
+    return [model, *(part for part in parts if hasattr(part, "ops"))]
+
+
 def weight_bytes(shape: Shape, settings: Settings) -> int:
-    """Packed bytes of target and assistant, before there are any."""
+    """Packed bytes of target and drafter, before there are any."""
     ops, draft_ops = CountingOps(settings.quant), CountingOps(settings.draft_format)
-    synthetic_target(shape.target, ops, 1)
-    synthetic_assistant(shape.assistant, draft_ops, 1)
+    synthetic_target(shape.target, ops, 1, shape.family)
+    count_drafter(shape, draft_ops)
     return ops.n_bytes + draft_ops.n_bytes
 
 

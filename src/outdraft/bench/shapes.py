@@ -1,4 +1,4 @@
-"""The published shapes of Gemma 4, as data: targets and the assistants made for them.
+"""Published shapes as data: targets, and what drafts for them.
 
 The fields are those of the published configs. `n_params` is the published number of parameters of
 the language part (layer scalars left out), which tests hold the shapes to. Not here: weights of
@@ -10,6 +10,10 @@ from typing import Any
 
 from outdraft.errors import OutdraftError
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.layers import TargetConfig
+from outdraft.models.ministral3 import Ministral3Config
+from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.registry import GEMMA4, MINISTRAL3, QWEN35, Family
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 VOCAB = 262144
@@ -31,13 +35,18 @@ _COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A target and its assistant."""
+    """A target and its drafter.
+
+    `drafter` is an assistant, the target's own config for its native head, or the config of a
+    smaller model of the same family.
+    """
 
     name: str
-    target: Gemma4Config
-    assistant: AssistantConfig
+    target: TargetConfig
+    drafter: AssistantConfig | TargetConfig
     n_params: int
-    n_assistant_params: int
+    n_drafter_params: int
+    family: Family = GEMMA4
 
 
 def find_shape(name: str) -> Shape:
@@ -54,7 +63,7 @@ def find_shape(name: str) -> Shape:
 def _make(
     name: str,
     n_params: int,
-    n_assistant_params: int,
+    n_drafter_params: int,
     target: dict[str, Any],
     assistant: dict[str, Any],
     *,
@@ -72,7 +81,7 @@ def _make(
         Gemma4Config.from_hf(given),
         AssistantConfig.from_hf(_assistant(given, assistant)),
         n_params,
-        n_assistant_params,
+        n_drafter_params,
     )
 
 
@@ -197,4 +206,109 @@ DENSE_31B = _make(
     n_layers=60,
 )
 
-SHAPES = {shape.name: shape for shape in (E2B, E4B, DENSE_12B, MOE_26B, DENSE_31B)}
+
+def _qwen(
+    name: str,
+    n_params: int,
+    n_head_params: int,
+    n_layers: int,
+    n_v_heads: int,
+    target: dict[str, Any],
+) -> Shape:
+    """A Qwen 3.6 with its native head."""
+    given = target | {
+        "vocab_size": 248320,
+        "num_hidden_layers": n_layers,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": n_v_heads,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "mtp_num_hidden_layers": 1,
+    }
+    config = Qwen35Config.from_hf(given)
+    return Shape(name, config, config, n_params, n_head_params, QWEN35)
+
+
+QWEN_27B = _qwen(
+    "qwen3.6-27b",
+    26_895_998_464,
+    424_699_392,
+    64,
+    48,
+    {
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+    },
+)
+QWEN_35B = _qwen(
+    "qwen3.6-35b-a3b",
+    34_660_610_688,
+    844_640_768,
+    40,
+    32,
+    {
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+)
+
+
+def _ministral(
+    hidden_size: int, n_layers: int, intermediate_size: int, theta: float, *, tied: bool
+) -> Ministral3Config:
+    return Ministral3Config.from_hf(
+        {
+            "vocab_size": 131072,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": n_layers,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": theta,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": tied,
+        }
+    )
+
+
+MINISTRAL_14B = Shape(
+    "ministral-14b",
+    _ministral(5120, 40, 16384, 1e9, tied=False),
+    _ministral(3072, 26, 9216, 1e6, tied=True),
+    13_506_073_600,
+    3_429_006_336,
+    MINISTRAL3,
+)
+
+_ALL = (E2B, E4B, DENSE_12B, MOE_26B, DENSE_31B, QWEN_27B, QWEN_35B, MINISTRAL_14B)
+SHAPES = {shape.name: shape for shape in _ALL}

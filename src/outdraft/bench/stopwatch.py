@@ -15,6 +15,9 @@ PARTS = {
     "attention": "attention",
     "norm_rope": "attention",
     "write_heads": "attention",
+    "short_conv": "recurrence",
+    "delta_rule": "recurrence",
+    "gated_norm": "recurrence",
 }
 
 
@@ -41,10 +44,11 @@ class Stopwatch:
         return timed
 
     def by_part(self) -> dict[str, float]:
-        """Seconds of linear, attention, and all others."""
+        """Seconds of linear, attention, recurrence where there is one, and all others."""
         total = {"linear": 0.0, "attention": 0.0, "norms and the rest": 0.0}
         for name, seconds in self.seconds.items():
-            total[PARTS.get(name, "norms and the rest")] += seconds
+            part = PARTS.get(name, "norms and the rest")
+            total[part] = total.get(part, 0.0) + seconds
         return total
 
 

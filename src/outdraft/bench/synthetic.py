@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.models import gemma4_assistant
+from outdraft.models import gemma4_assistant, mtp
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import AssistantConfig
 from outdraft.models.layers import TargetConfig, TargetModel
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
 from outdraft.ops.base import Ops, Role
@@ -160,10 +161,18 @@ def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> 
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
+def synthetic_head(config: Qwen35Config, ops: Ops, n_positions: int) -> mtp.MtpHead:
+    """A native head whose weights `ops` makes up (or only counts)."""
+    weights = placeholders(mtp.expected_tensors(config), ops.device)
+    return mtp.MtpHead(config, weights, ops, n_positions)
+
+
 def placeholders(
     expected: Mapping[str, ExpectedTensor], device: torch.device | None = None
 ) -> dict[str, Tensor | StoredWeight]:
     """Matrices that are nothing but a shape; norms of ones, and tokens in their own order.
+
+    A convolution, which is small and never packed, has a value for each of its inputs.
 
     No tensors of PyTorch's `meta` device: making one loads 150 MB of code.
     """
@@ -173,6 +182,8 @@ def placeholders(
             made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
             made[name] = torch.ones(tensor.shape, device=device)
+        elif tensor.shape[-2] == 1 and len(tensor.shape) == 3:
+            made[name] = torch.full(tensor.shape, 1 / tensor.shape[-1], device=device)
         else:
             made[name] = nothing_but_shape(tensor.shape)
     return made

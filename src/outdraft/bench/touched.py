@@ -1,29 +1,48 @@
-"""Bytes that a pass of a target reads: packed weights, and the keys and values of a sequence."""
+"""Bytes that a pass of a target reads: packed weights, and keys, values and states of a sequence.
+
+The states that a recurrent layer writes, one a row, are counted too.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from outdraft.cache.memory import Memory
-from outdraft.models.gemma4 import Gemma4
 
 
-def weights_touched(model: Gemma4, n_rows: int, experts_hit: Sequence[int]) -> int:
-    """Packed bytes that a pass reads: matrices and the head once, of experts those that are hit."""
-    total = model.head.n_bytes + n_rows * model.embedding.n_bytes // model.embedding.n
-    if model.config.ple_size:
-        total += (
-            model.ple_projection.n_bytes + n_rows * model.ple_table.n_bytes // model.ple_table.n
-        )
-    for index, layer in enumerate(model.layers):
-        for weight in layer.matrices.values():
-            hit = experts_hit[index] if weight.n_blocks > 1 else 1
-            total += weight.n_bytes * hit // weight.n_blocks
+def weights_touched(
+    model: Any, weights: Sequence[Any], n_rows: int, experts_hit: Sequence[int]
+) -> int:
+    """Packed bytes that a pass reads: matrices and the head once, of experts those that are hit.
+
+    Args:
+        model: with an `embedding` and a `head`, which may be one, of which rows are looked up;
+            a `ple_table` is another table of that kind.
+        weights: all that were packed for it, in the order of its layers.
+        experts_hit: of each layer with experts, which has two weights of them.
+    """
+    tables = [model.embedding, getattr(model, "ple_table", None)]
+    total = n_experts = 0
+    for weight in weights:
+        if any(weight is table for table in tables):
+            total += n_rows * weight.n_bytes // weight.n
+            if weight is not model.head:
+                continue
+        hit = 1
+        if weight.n_blocks > 1:
+            hit = experts_hit[n_experts // 2]
+            n_experts += 1
+        total += weight.n_bytes * hit // weight.n_blocks
     return int(total)
 
 
-def keys_touched(memory: Memory, sequence: str) -> int:
-    """Bytes of keys and values that the next row sees, each layer's once."""
+def memory_touched(memory: Memory, sequence: str, n_rows: int) -> int:
+    """Bytes of keys and values that the next row sees, each layer's once, and of states."""
     length = memory.lengths[sequence]
-    return sum(
+    total = sum(
         memory.bytes_per_token(name) * min(length, group.window or length)
         for name, group in memory.groups.items()
     )
+    if memory.recurrent is not None:
+        states = memory.recurrent
+        total += states.n_bytes // (states.n_states * states.max_sequences) * (1 + n_rows)
+    return total

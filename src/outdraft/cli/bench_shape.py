@@ -20,7 +20,8 @@ def bench_shape(
         str,
         typer.Argument(
             metavar="SHAPE",
-            help="gemma-4-e2b, gemma-4-e4b, gemma-4-12b, gemma-4-26b-a4b or gemma-4-31b.",
+            help="gemma-4-e2b, gemma-4-e4b, gemma-4-12b, gemma-4-26b-a4b, gemma-4-31b, "
+            "qwen3.6-27b, qwen3.6-35b-a3b or ministral-14b.",
             show_default=False,
         ),
     ],
@@ -104,7 +105,8 @@ def show(report: dict[str, Any]) -> None:
     )
     console.print(
         f"Memory: {report['peak_bytes'] / 1e9:.2f} GB at most, of which weights "
-        f"{report['packed_bytes'] / 1e9:.2f}, keys and values {report['kv_bytes'] / 1e9:.2f}, "
+        f"{report['packed_bytes'] / 1e9:.2f}, keys, values, states "
+        f"{report['kv_bytes'] / 1e9:.2f}, "
         f"and {report['base_bytes'] / 1e9:.2f} before the model."
     )
     console.print(cost_table(report))

@@ -13,16 +13,23 @@ from typing import Any, Literal
 
 import torch
 
-from outdraft.bench.synthetic import CountingOps, synthetic_assistant, synthetic_target
+from outdraft.bench.synthetic import (
+    CountingOps,
+    synthetic_assistant,
+    synthetic_head,
+    synthetic_target,
+)
 from outdraft.cache.memory import LayerMemory, kv_layers
 from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.errors import ModelError, OutdraftError
-from outdraft.models import gemma4_assistant, gemma4_config
+from outdraft.models import gemma4_assistant, gemma4_config, mtp
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.layers import TargetConfig
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import CANDIDATES, DTYPES, family_of, open_weights
 from outdraft.ops.packed import Format
-from outdraft.speculate.build import read_assistant_config
+from outdraft.speculate.build import HEAD_DRAFTS, read_assistant_config
+from outdraft.speculate.mtp import find_head
 from outdraft.text.chat import ChatTemplate
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
@@ -79,7 +86,7 @@ class Checkup:
     """
 
     path: Path
-    kind: Literal["target", "assistant"] = "target"
+    kind: Literal["target", "assistant", "native head"] = "target"
     model_type: str | None = None
     shape: dict[str, str | int | float] = field(default_factory=dict)
     n_tensors: int | None = None
@@ -147,7 +154,7 @@ def note_packed(
     cache: PackedCache | None,
 ) -> None:
     """Count what the kernels' weights take in each format, and look for their files."""
-    is_drafter = found.model_type in ASSISTANT_TYPES
+    is_drafter = found.kind != "target"
     formats: tuple[Format, ...] = ("w8", "bf16") if is_drafter else ("w4", "w8", "bf16")
     for format in formats:
         ops = CountingOps(format)
@@ -314,6 +321,9 @@ def _read_text(found: Checkup) -> None:
 def _find_drafter(
     found: Checkup, config: TargetConfig, asked: str | None, cache: PackedCache | None
 ) -> None:
+    if isinstance(config, Qwen35Config) and asked is None:
+        _examine_head(found, config, cache)
+        return
     if not isinstance(config, Gemma4Config):
         found.drafter_reason = (
             "assistants are made for Gemma 4; give a smaller model by --assistant"
@@ -338,6 +348,29 @@ def _find_drafter(
             gemma4_assistant.check_pair(config, assistant)
         except ModelError as error:
             drafter.note("pairing", error)
+
+
+def _examine_head(found: Checkup, config: Qwen35Config, cache: PackedCache | None) -> None:
+    """The MTP head in a target's own checkpoint, if all of it is there."""
+    try:
+        missing = find_head(found.path, config)
+    except ModelError as error:
+        found.note("drafter", error)
+        return
+    if missing is not None:
+        found.drafter_reason = f"there is no MTP head: {missing}"
+        return
+    found.drafter_reason = "mtp: the head in the checkpoint"
+    head = found.drafter = Checkup(found.path, "native head")
+    raw, checkpoint = _read_config(head), _open_weights(head)
+    head.n_draft_default = HEAD_DRAFTS
+    _count_memory(head, mtp.memory_layers(config))
+    tensors = mtp.expected_tensors(config)
+    _check_tensors(head, checkpoint, tensors, mtp.IGNORED, mtp.PREFIXES, raw)
+    head.ignored, head.n_tensors = [], None  # those of the target
+    if checkpoint is not None:
+        build = partial(synthetic_head, config, n_positions=1)
+        note_packed(head, raw, checkpoint, build, config.dtype, cache)
 
 
 def _short(dtype: torch.dtype) -> str:

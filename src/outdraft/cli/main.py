@@ -3,7 +3,8 @@
 Here: the table of verbs, loaded only when one is used, and what happens when one fails. Not here:
 the verbs, one file each.
 
-Exit codes: 0 done, 1 something unforeseen, 2 wrong use or a model that cannot be used, 130 Ctrl-C.
+Exit codes: 0 done, 1 something unforeseen, 2 wrong use or a model that cannot be used, 3 `tune`
+gained nothing, 130 Ctrl-C.
 """
 
 from importlib import import_module
@@ -31,6 +32,7 @@ VERBS = {
     "serve": "Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "verify": "Prove on this machine that drafting, batching and caching change no token.",
+    "tune": "Make the drafter fit a target, on the target's own answers.",
     "train": "Train a target and its drafter from text.",
 }
 UNFORESEEN, WRONG_USE = 1, 2

@@ -8,13 +8,14 @@ before the next round, since their states were not the target's.
 Shapes: B sequences, T rows, K hidden size, V vocabulary.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import CausalCall
+from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.config import EngineConfig
 from outdraft.errors import CapacityError, PairingError, WeightsError
@@ -22,6 +23,7 @@ from outdraft.models import mtp
 from outdraft.models.layers import TargetModel
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import Target, choose_ops, open_weights, packing
+from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.speculate.chain import draft_chain
 from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
 from outdraft.weights.checkpoint import Checkpoint
@@ -31,6 +33,30 @@ from outdraft.weights.loading import Loading
 CATCH_UP = (
     512  # rows of one sequence that a round reads at most; with more to come it has no drafts
 )
+
+MAX_RECORDED_ROWS = 64
+MAX_RECORDINGS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A recorded pass of the head over some rows."""
+
+    call: CausalCall
+    hidden_TK: Tensor
+    program: Replayable
+    done_TK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """The recorded scores of some of the head's results, their argmax and what softmax gives it."""
+
+    done_BK: Tensor
+    program: Replayable
+    logits_BV: Tensor
+    best_B: Tensor
+    sure_B: Tensor
 
 
 @dataclass(slots=True)
@@ -58,7 +84,10 @@ class MtpDrafter:
         """`target` scores the head's results; `memory` is the head's."""
         self.head, self.target, self.memory = head, target, memory
         self.sample_drafts = sample_drafts
+        self.recorder = head.ops if isinstance(head.ops, Recordable) else None
         self.needs = Taps()
+        self._rows: OrderedDict[tuple[int, int], _Rows] = OrderedDict()
+        self._scores: OrderedDict[int, _Scores] = OrderedDict()
         self._own: dict[str, _Own] = {}
 
     def open(self, sequence: str) -> None:
@@ -114,8 +143,7 @@ class MtpDrafter:
                 spans = [Span(s.id, b, 1) for b, s in enumerate(ready)]
                 carried_BK = self._run(newest_B, carried_BK, spans, view)
             fresh = False
-            logits_BV = self.target.logits(carried_BK)
-            return logits_BV, *self.head.ops.best(logits_BV)
+            return self._score(carried_BK)
 
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
@@ -143,12 +171,64 @@ class MtpDrafter:
     ) -> Tensor:
         for span in spans:
             self.memory.reserve(span.sequence, span.n_rows)
-        call = CausalCall.prepare(self.memory, self.head.ops, spans, token_T.tolist())
-        embedded_TK = view.embed(call.token_T)
-        done = self.head.forward(embedded_TK, hidden_TK, call.position_T, call.attend)
+        numbers = causal_numbers(self.memory, spans, token_T.tolist())
+        if self.recorder is not None and len(token_T) <= MAX_RECORDED_ROWS:
+            done_TK = self._replayed(self.recorder, numbers, hidden_TK, view)
+        else:
+            call = CausalCall.of(self.memory, self.head.ops, numbers)
+            done_TK = self._forward(call, hidden_TK, view)
         for span in spans:
             self.memory.advance(span.sequence, span.n_rows)
-        return done
+        return done_TK
+
+    def _forward(self, call: CausalCall, hidden_TK: Tensor, view: TargetView) -> Tensor:
+        embedded_TK = view.embed(call.token_T)
+        return self.head.forward(embedded_TK, hidden_TK, call.position_T, call.attend)
+
+    def _replayed(
+        self, recorder: Recordable, numbers: Tensor, hidden_TK: Tensor, view: TargetView
+    ) -> Tensor:
+        """`_forward`, recorded for each number of rows; a copy, as the next replay overwrites."""
+        key = hidden_TK.shape[0], numbers.shape[0]
+        own = self._rows.get(key)
+        if own is None:
+            assert isinstance(view.ops, Recordable)
+            call, kept_TK = CausalCall.of(self.memory, self.head.ops, numbers), hidden_TK.clone()
+            program, done_TK = record(
+                lambda: self._forward(call, kept_TK, view), recorder, view.ops
+            )
+            own = self._rows[key] = _Rows(call, kept_TK, program, done_TK)
+            if len(self._rows) > MAX_RECORDINGS:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(key)
+        own.call.numbers.copy_(numbers)
+        own.hidden_TK.copy_(hidden_TK)
+        own.program.replay()
+        return own.done_TK.clone()
+
+    def _score(self, done_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The target's scores of the head's results, their argmax, and what softmax gives it."""
+        ops, target_ops = self.head.ops, self.target.ops
+        if not (isinstance(ops, Recordable) and isinstance(target_ops, Recordable)):
+            logits_BV = self.target.logits(done_BK)
+            return logits_BV, *ops.best(logits_BV)
+        n = done_BK.shape[0]
+        own = self._scores.get(n)
+        if own is None:
+            kept_BK = done_BK.clone()
+
+            def scores() -> tuple[Tensor, Tensor, Tensor]:
+                logits_BV = self.target.logits(kept_BK)
+                return logits_BV, *ops.best(logits_BV)
+
+            program, made = record(scores, ops, target_ops)
+            own = self._scores[n] = _Scores(kept_BK, program, *made)
+            if len(self._scores) > MAX_RECORDINGS:
+                self._scores.popitem(last=False)
+        self._scores.move_to_end(n)
+        own.done_BK.copy_(done_BK)
+        own.program.replay()
+        return own.logits_BV, own.best_B, own.sure_B
 
     def _rewind(self, sequence: str) -> None:
         """Take back rows whose states were the head's own."""

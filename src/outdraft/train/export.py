@@ -15,11 +15,18 @@ from outdraft.models.gemma4_config import Gemma4Config
 from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.tokenizer import BOS_ID, END_OF_TURN_ID, EOS_ID, PAD_ID
 from outdraft.weights.checkpoint import Checkpoint
-from outdraft.weights.config import CONFIG_NAME
+from outdraft.weights.config import CONFIG_NAME, read_config
 from outdraft.weights.load import load_tensors
 from outdraft.weights.save import new_directory, write_json, write_weights
 
-_TOP_LEVEL = ("pre_projection.", "post_projection.", "masked_embedding.")
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_TOP_LEVEL = ("pre_projection.", "post_projection.", "masked_embedding.", "lm_head.")
 
 
 def export_model(
@@ -50,6 +57,34 @@ def export_model(
         write_weights(unfinished, stored)
         for path in tokenizer_directory.iterdir():
             (unfinished / path.name).write_bytes(path.read_bytes())
+
+
+def export_like(directory: Path, source: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write new weights of the model in `source`, in bf16, with copies of its other files.
+
+    Args:
+        weights: by canonical name, all that the model has.
+
+    Raises:
+        TrainingError: the directory is there already, or cannot be written.
+    """
+    config = read_config(source)
+    config.pop("quantization_config", None)
+    config["dtype"] = "bfloat16"
+    stored = {
+        name if name.startswith(_TOP_LEVEL) else f"model.{name}": _stored(weight)
+        for name, weight in weights.items()
+    }
+    with new_directory(directory) as unfinished:
+        for path in source.iterdir():
+            if path.name in _COPIED:
+                (unfinished / path.name).write_bytes(path.read_bytes())
+        write_json(unfinished / CONFIG_NAME, config)
+        write_weights(unfinished, stored)
+
+
+def _stored(weight: Tensor) -> Tensor:
+    return weight.to(torch.bfloat16) if weight.is_floating_point() else weight
 
 
 def load_exported_target(

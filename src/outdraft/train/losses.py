@@ -18,6 +18,8 @@ CHUNK_ROWS = 8192
 STEP_DECAY = 0.8
 """Weight of a draft step relative to the one before it (0.6 to 0.8 are published, EAGLE-3: 0.8)."""
 
+DRAFT_LOSSES = ("kl", "lk", "nla", "ce")
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states [T, K] -> fp32 scores [T, V]."""
 
@@ -41,6 +43,31 @@ def kl_divergence(hidden_TK: Tensor, probs_TV: Tensor, entropy_T: Tensor, head: 
         return F.cross_entropy(head(hidden), probs.float(), reduction="sum")
 
     return _mean_of_chunks(chunk, hidden_TK, probs_TV) - entropy_T.mean()
+
+
+def draft_loss(kind: str, hidden_TK: Tensor, probs_TV: Tensor, head: Head) -> Tensor:
+    """Mean over rows of a loss of the draft distribution q against the target's p, in nats.
+
+    With a = sum of min(p, q), the acceptance probability of rejection sampling: `kl` KL(p || q);
+    `ce` -log q(argmax p); `nla` -log a; `lk` w KL + (1 - w)(1 - a), w = exp(-3 a) held constant.
+    """
+
+    def chunk(hidden: Tensor, probs: Tensor) -> Tensor:
+        log_q = F.log_softmax(head(hidden), dim=-1)
+        p = probs.float()
+        if kind == "ce":
+            return F.nll_loss(log_q, p.argmax(dim=-1), reduction="sum")
+        kl_T = (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
+        if kind == "kl":
+            return kl_T.sum()
+        accepted_T = torch.minimum(p, log_q.exp()).sum(dim=-1)
+        if kind == "nla":
+            return -accepted_T.clamp_min(1e-9).log().sum()
+        assert kind == "lk"
+        weight_T = torch.exp(-3 * accepted_T.detach())
+        return (weight_T * kl_T + (1 - weight_T) * (1 - accepted_T)).sum()
+
+    return _mean_of_chunks(chunk, hidden_TK, probs_TV)
 
 
 def probs_and_entropy(logits_TV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

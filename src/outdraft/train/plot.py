@@ -57,6 +57,26 @@ def plot_run(
     figure.savefig(path, format="png", dpi=120)
 
 
+def plot_tuning(path: Path, before: Sequence[float], after: Sequence[float]) -> None:
+    """Write a PNG of the share of drafts accepted at each position, before and after tuning."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for shares, label, shift in ((before, "stock", -0.2), (after, "tuned", 0.2)):
+        places = [i + 1 + shift for i in range(len(shares))]
+        bars = axes.bar(places, shares, width=0.38, label=label)
+        axes.bar_label(bars, fmt="%.2f")
+    axes.set(
+        title="Drafts accepted, held-out prompts, greedy",
+        xlabel="position in the draft",
+        ylabel="share (all earlier ones accepted too)",
+        ylim=(0, 1.08),
+        xticks=[i + 1 for i in range(len(after))],
+    )
+    axes.legend()
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=120)
+
+
 def _curve(axes: Axes, losses: Sequence[float], label: str, colour: str) -> None:
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)

@@ -190,7 +190,7 @@ function verdict(turn, answers) {
 function replayBoth(answers) {
   const start = performance.now();
   const tick = (now) => {
-    const done = answers.map((a) => a.replay(now - start));
+    const done = answers.map((a) => a.replay(Math.max(0, now - start)));
     if (done.every(Boolean)) answers.forEach((a) => a.redraw());
     else requestAnimationFrame(tick);
   };

@@ -92,7 +92,8 @@ export class ModemView {
     if (this.at >= this.total) this.#show(0);
     let last = performance.now();
     const tick = (now) => {
-      this.at = Math.min(this.total, this.at + (now - last) / 1000);
+      // a frame's time may lie before the moment it was asked for
+      this.at = Math.min(this.total, this.at + Math.max(0, now - last) / 1000);
       last = now;
       this.#draw();
       if (this.at >= this.total) this.#pause();

@@ -1,0 +1,94 @@
+"""A target that has moved to another domain: the demo, fine-tuned on C++ headers of PyTorch.
+
+`python scripts/shift_demo.py OUT --steps N` writes OUT/target, and the text as JSONL with one file
+a row: OUT/train.jsonl, which the target has learned, and OUT/heldout.jsonl, which it has not. It is
+the example of docs/tuning.md. A run that was killed goes on from its last checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from outdraft.models import gemma4
+from outdraft.models.gemma4_config import Gemma4Config
+from outdraft.models.registry import open_weights
+from outdraft.text.tokenizer import Tokenizer
+from outdraft.train.checkpoint import CheckpointStore, fingerprint
+from outdraft.train.export import export_like
+from outdraft.train.optimiser import OptimiserConfig
+from outdraft.train.pretrain import Pretraining
+from outdraft.train.tokenizer import EOS_ID
+from outdraft.train.trainer import Phase, Progress, StopFlag, run_phase
+from outdraft.train.weights import fastest_dtype, make_trainable
+from outdraft.train.windows import Windows
+from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.config import read_config
+from outdraft.weights.find import resolve_model
+
+CONTEXT, BATCH = 256, 8
+HELDOUT_PART = 10  # one file in so many
+MAX_FILE_CHARS = 20_000
+
+
+def headers() -> tuple[list[str], list[str]]:
+    """Texts of PyTorch's C++ headers: to learn, and held out by a hash of the text."""
+    train: dict[str, str] = {}
+    heldout: dict[str, str] = {}
+    for path in sorted((Path(torch.__file__).parent / "include").rglob("*.h")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if 1000 <= len(text) <= MAX_FILE_CHARS and text.isascii():
+            (heldout if int(digest, 16) % HELDOUT_PART == 0 else train)[digest] = text
+    return [train[d] for d in sorted(train)], [heldout[d] for d in sorted(heldout)]
+
+
+def show(state: Progress) -> None:
+    """A line now and then."""
+    if state.loss is not None and state.step % 10 == 0:
+        rate = f"{state.tokens_per_s:,.0f} tokens/s"
+        print(f"step {state.step}/{state.n_steps}  loss {state.loss:.3f}  {rate}", flush=True)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=150)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    texts = dict(zip(("train", "heldout"), headers(), strict=True))
+    for name, rows in texts.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
+        (given.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{name}: {len(rows)} files, {sum(map(len, rows)) / 1e6:.1f} MB", flush=True)
+    source = resolve_model("demo")
+    tokenizer, raw = Tokenizer.load(source), read_config(source)
+    ids = [[*tokenizer.encode(t, add_special_tokens=False), EOS_ID] for t in texts["train"]]
+    stream = torch.tensor([i for text in ids for i in text], dtype=torch.int32)
+    config = Gemma4Config.from_hf(raw)
+    stored, _, _ = open_weights(
+        Checkpoint.open(source),
+        raw,
+        gemma4.expected_tensors(config),
+        gemma4.ignore_rules(config),
+        prefixes=gemma4.PREFIXES,
+        dtype=torch.float32,
+    )
+    device = torch.device("cpu")
+    weights = make_trainable(dict(stored), device)
+    dtype = fastest_dtype(device)
+    print(f"{len(stream):,} tokens; products in {dtype}", flush=True)
+    store = CheckpointStore(given.out / "phase", fingerprint({"steps": given.steps}))
+    optimiser = OptimiserConfig(muon_lr=0.01, adam_lr=1e-3)
+    phase = Phase("target", given.steps, 25, store, optimiser, dtype)
+    objective = Pretraining(config, weights, Windows(stream, CONTEXT, 0), BATCH, dtype)
+    with StopFlag().installed() as stop:
+        run_phase(phase, objective, show, stop)
+    export_like(given.out / "target", source, objective.all_weights)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A target for training that has the weights the kernels multiply by.
+
+Here: packing as the engine does and dequantising to fp32, and the drafter's weights as leaves. Not
+here: the objective (tuning.py).
+
+What differs from serving: products are in fp32 or bf16 over many rows, where kernels of w8 and w4
+also round activations to 8 bits; keys and values are not rounded to the type of the engine's cache.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.config import EngineConfig
+from outdraft.errors import TrainingError
+from outdraft.models import gemma4, gemma4_assistant
+from outdraft.models.gemma4 import Gemma4
+from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.registry import CANDIDATES, open_weights, resolve_dtype, resolve_quant
+from outdraft.ops.base import Role
+from outdraft.ops.batched import BatchedOps
+from outdraft.ops.cpu import CpuOps
+from outdraft.ops.packed import Format
+from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.config import read_config
+
+
+@dataclass(frozen=True, slots=True)
+class AsServed(BatchedOps):
+    """`BatchedOps` whose weights are rounded as the compiled kernels store them, as fp32."""
+
+    kernels: CpuOps = field(default_factory=CpuOps)
+
+    def pack(self, weight: Any, role: Role = "linear") -> Tensor:
+        """See `Ops.pack`: fp32 of the weight's shape."""
+        if weight.ndim != 2:
+            raise TrainingError(
+                "a target with experts cannot be tuned for yet", "tune for a dense target"
+            )
+        packed = self.kernels.pack(weight, role)
+        n_inputs = weight.shape[1]
+        rows = torch.arange(weight.shape[0], dtype=torch.int32)
+        values = self.kernels.embed(packed, rows, 1.0).reshape(-1, n_inputs)
+        return values.clone()
+
+
+def served_target(path: Path, engine: EngineConfig) -> Gemma4:
+    """The target with fp32 weights of the values that `engine` serves.
+
+    Raises:
+        ModelError: it cannot be read, or is no Gemma 4.
+        TrainingError: it has experts.
+    """
+    raw = read_config(path)
+    config = Gemma4Config.from_hf(raw)
+    weights, _, bits = open_weights(
+        Checkpoint.open(path),
+        raw,
+        gemma4.expected_tensors(config),
+        gemma4.ignore_rules(config),
+        prefixes=gemma4.PREFIXES,
+        dtype=resolve_dtype(engine.dtype, config.dtype),
+    )
+    format: Format = resolve_quant(engine, bits, drafter=False)
+    weights.stored = True
+    return Gemma4(config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES)))
+
+
+def assistant_leaves(path: Path) -> tuple[AssistantConfig, dict[str, Tensor]]:
+    """An assistant's config and its weights in fp32.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    raw = read_config(path)
+    config = AssistantConfig.from_hf(raw, None)
+    stored, _, _ = open_weights(
+        Checkpoint.open(path),
+        raw,
+        gemma4_assistant.expected_tensors(config),
+        gemma4_assistant.ignore_rules(config),
+        prefixes=gemma4_assistant.PREFIXES,
+        dtype=torch.float32,
+    )
+    return config, {name: torch.as_tensor(stored[name]) for name in stored}

@@ -1,0 +1,382 @@
+"""Tuning a drafter to a target as it is served: measure, write, train, select, compare, export.
+
+Every stage leaves its result in a directory beside the output, so a run that was killed goes on. It
+is removed when the run has ended; the output appears only if the new drafter is better. Here: the
+order and the decisions. Not here: the objective (tuning.py), the comparison (gate.py).
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outdraft.config import EngineConfig, Quant
+from outdraft.engine.engine import LLM
+from outdraft.errors import PairingError, TrainingError
+from outdraft.request import SamplingParams
+from outdraft.speculate.stats import DraftStats
+from outdraft.train.checkpoint import CheckpointStore, fingerprint, replace_json
+from outdraft.train.export import export_like
+from outdraft.train.gate import Measured, difference, is_better, tokens_per_pass
+from outdraft.train.losses import DRAFT_LOSSES
+from outdraft.train.optimiser import OptimiserConfig
+from outdraft.train.plot import plot_tuning
+from outdraft.train.rollouts import TEMPERATURES
+from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
+from outdraft.train.served import assistant_leaves, served_target
+from outdraft.train.trainer import Phase, Progress, Report, StopFlag, run_phase, seconds_per_step
+from outdraft.train.tuning import Texts, Tuning
+from outdraft.train.tuning_data import Prompt, by_hash, read_prompts, split_by_hash
+from outdraft.train.weights import fastest_dtype, make_trainable
+from outdraft.weights.config import read_json
+from outdraft.weights.find import find_assistant, resolve_model
+
+ENOUGH = 0.9
+"""Share of all drafts accepted from which on there is nothing to gain."""
+
+BATCH = 12
+CANDIDATES = 3
+LEAST_HELDOUT = 8
+_WRITING_SHARE = 0.3  # of the time left when it begins
+_TRAINING_SHARE = 0.8  # the rest is for selection
+_CHUNK = 32  # prompts continued at once
+_FROZEN = ("layer_scalar", "token_ordering", "centroids.weight")
+
+
+class NothingGained(Exception):
+    """There was nothing to gain, or nothing was gained; nothing was written. Says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """What the user asks for. `steps` and `samples`, where given, replace what fits in `minutes`.
+
+    Raises:
+        TrainingError: a value is impossible.
+    """
+
+    target: str
+    data: tuple[str, ...]
+    heldout: tuple[str, ...] = ()
+    assistant: str | None = None
+    quant: Quant = "auto"
+    minutes: float = 15.0
+    steps: int | None = None
+    samples: int | None = None
+    loss: str = "kl"
+    draft_n: int | None = None
+    n_heldout: int = 48
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("minutes", 1e-3, 1e6),
+            ("steps", 1, 1e9),
+            ("samples", 1, 1e9),
+            ("draft_n", 2, 16),
+            ("n_heldout", LEAST_HELDOUT * 2, 1e6),
+            ("prompt_tokens", 2, 1e6),
+            ("new_tokens", 8, 1e6),
+            ("seed", 0, 2**31 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise TrainingError(f"{name} is {value}", f"use {low:g} to {high:g}")
+        if self.loss not in DRAFT_LOSSES:
+            raise TrainingError(f"loss is {self.loss!r}", f"use one of {', '.join(DRAFT_LOSSES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """To learn from, to select by, and to compare by; no two of them share a prompt."""
+
+    train: list[Prompt]
+    select: list[Prompt]
+    compare: list[Prompt]
+
+
+class Tune:
+    """One run: its settings, its directory of work, and what was decided once."""
+
+    def __init__(
+        self, out: Path, settings: TuneSettings, report: Report, stop: StopFlag, *, fresh: bool
+    ) -> None:
+        self.out, self.settings, self.report, self.stop = out, settings, report, stop
+        self.work = out.parent / f".{out.name}.tuning"
+        self.start = time.monotonic()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(f"{out} exists already", "choose another --out")
+        self.target = resolve_model(settings.target)
+        choice = find_assistant(self.target, settings.assistant)
+        if choice.path is None:
+            raise PairingError(f"no drafter to start from: {choice.reason}", "give --assistant")
+        self.stock = choice.path
+        if fresh:
+            shutil.rmtree(self.work, ignore_errors=True)
+        wanted = asdict(settings) | {"digest": _digest(settings)}
+        wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
+        if (self.work / RUN_NAME).exists():
+            self.decided: dict[str, Any] = read_json(self.work / RUN_NAME, "tuning run")
+            if self.decided["settings"] != wanted:
+                raise TrainingError(
+                    f"{self.work} holds a run with other settings or data",
+                    "repeat its settings to resume it, or start over with --fresh",
+                )
+        else:
+            self.work.mkdir(parents=True, exist_ok=True)
+            dtype = fastest_dtype(torch.device("cpu"))
+            self.decided = {
+                "settings": wanted,
+                "bf16": dtype == torch.bfloat16,
+                "threads": torch.get_num_threads(),
+            }
+            self._decide()
+        torch.set_num_threads(self.decided["threads"])
+
+    def engine(self, assistant: Path, n: int | None = None) -> LLM:
+        """The target as it is served, with a drafter and a fixed draft length."""
+        config = EngineConfig(
+            assistant=str(assistant), quant=self.settings.quant, device="cpu", draft_n=n or 4
+        )
+        return LLM(str(self.target), config)
+
+    def read(self, llm: LLM) -> Prompts:
+        """The data, split."""
+        settings = self.settings
+        vocab, n = llm.target.config.vocab_size, settings.prompt_tokens
+        given, bad = read_prompts(map(Path, settings.data), llm, vocab, n)
+        if settings.heldout:
+            heldout, worse = read_prompts(map(Path, settings.heldout), llm, vocab, n)
+            bad += worse
+            heldout = by_hash(heldout)[: settings.n_heldout]
+            train = sorted(set(given) - set(heldout))
+        else:
+            train, heldout = split_by_hash(given, settings.n_heldout)
+        if len(heldout) < 2 * LEAST_HELDOUT:
+            raise TrainingError(
+                f"{len(heldout)} different prompts are held out, too few to compare by",
+                f"give more data: {2 * LEAST_HELDOUT} held out are needed, a fifth of --data",
+            )
+        self.decided["bad_rows"] = bad[:20]
+        order = torch.randperm(
+            len(train), generator=torch.Generator().manual_seed(settings.seed)
+        ).tolist()
+        return Prompts([train[i] for i in order], heldout[0::2], heldout[1::2])
+
+    def measure(self, llm: LLM, prompts: Sequence[Prompt]) -> list[DraftStats]:
+        """Free greedy decoding of each prompt: what drafting came to."""
+        params = SamplingParams(max_tokens=self.settings.new_tokens)
+        return [done.stats for done in llm.generate_all(prompts, params)]
+
+    def write(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
+        """Let the served target continue prompts, in parts that are kept, until time is up."""
+        began = time.monotonic()
+        budget = _WRITING_SHARE * (60 * self.settings.minutes - (began - self.start))
+        wanted = self.settings.samples
+        parts: list[Any] = self.decided.setdefault("texts", [])
+        total = wanted or max(len(prompts), _CHUNK)
+        while not self.decided.get("written"):
+            self.stop.check()
+            n = sum(map(len, parts))
+            self.report(Progress("writing", min(n, total), total))
+            over = wanted is None and n and time.monotonic() - began > budget
+            if over or n >= (wanted or 4 * len(prompts)):
+                self.decided["written"] = True
+            else:
+                size = min(_CHUNK, (wanted or n + _CHUNK) - n)
+                parts.append(self._continue(llm, prompts, n, size))
+            self._decide()
+        self.report(Progress("writing", total, total))
+
+    def _continue(
+        self, llm: LLM, prompts: Sequence[Prompt], first: int, size: int
+    ) -> list[tuple[list[int], int]]:
+        chosen = [prompts[i % len(prompts)] for i in range(first, first + size)]
+        params = [
+            SamplingParams(
+                max_tokens=self.settings.new_tokens,
+                temperature=TEMPERATURES[(first + i) % len(TEMPERATURES)],
+                seed=self.settings.seed + first + i,
+            )
+            for i in range(size)
+        ]
+        done = llm.generate_all(chosen, params)
+        return [([*one.prompt_tokens, *one.tokens], len(one.prompt_tokens)) for one in done]
+
+    def train(self, n_draft: int) -> Phase:
+        """Fine-tune from the stock weights; checkpoints are the candidates."""
+        texts = [(t, g) for part in self.decided["texts"] for t, g in part if len(t) - g > n_draft]
+        if not texts:
+            raise TrainingError(
+                "the target ends all its answers after a few tokens", "give other prompts"
+            )
+        config, stock = assistant_leaves(self.stock)
+        engine = EngineConfig(quant=self.settings.quant, device="cpu")
+        target = served_target(self.target, engine)
+
+        def objective() -> Tuning:
+            weights = make_trainable(
+                {k: v for k, v in stock.items() if v.is_floating_point()}, torch.device("cpu")
+            )
+            for name, weight in weights.items():
+                weight.requires_grad_(not name.endswith(_FROZEN))
+            weights |= {k: v for k, v in stock.items() if not v.is_floating_point()}
+            dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
+            return Tuning(
+                target,
+                config,
+                weights,
+                Texts.of(texts),
+                batch=BATCH,
+                n_steps=n_draft,
+                loss=self.settings.loss,
+                seed=self.settings.seed,
+                dtype=dtype,
+            )
+
+        if "steps" not in self.decided:
+            steps = self.settings.steps
+            if steps is None:
+                left = 60 * self.settings.minutes - (time.monotonic() - self.start)
+                each = seconds_per_step(objective(), self.phase(1000))
+                steps = max(10, int(_TRAINING_SHARE * left / each))
+            self.decided["steps"] = steps
+            self._decide()
+        phase = self.phase(self.decided["steps"])
+        run_phase(phase, objective(), self.report, self.stop)
+        return phase
+
+    def phase(self, n_steps: int) -> Phase:
+        """The training with this many steps."""
+        every = max(1, n_steps // CANDIDATES)
+        known = {"settings": self.decided["settings"], "n_steps": n_steps}
+        store = CheckpointStore(self.work / "phase", fingerprint(known), every)
+        optimiser = OptimiserConfig(muon_lr=0.005, adam_lr=5e-4)
+        save_every = max(1, every // 5)
+        store = replace(store, keep_every=save_every * max(1, every // save_every))
+        dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
+        return Phase("training", n_steps, save_every, store, optimiser, dtype)
+
+    def export(self, phase: Phase, step: int) -> Path:
+        """A candidate as a directory that the engine loads."""
+        path = self.work / f"step-{step:08d}"
+        if not path.exists():
+            _, stock = assistant_leaves(self.stock)
+            stored = phase.store.load(step)
+            export_like(path, self.stock, {k: stored.get(k, v) for k, v in stock.items()})
+        return path
+
+    def _decide(self) -> None:
+        replace_json(self.work / RUN_NAME, self.decided)
+
+
+def tune(
+    out: Path, settings: TuneSettings, report: Report, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Make a drafter for a target in `out`, if it is better than the stock one.
+
+    Returns:
+        The contents of report.json.
+
+    Raises:
+        NothingGained: the stock drafter is good enough, or the new one is not better; there is no
+            `out`.
+        TrainingStopped: SIGINT or SIGTERM arrived; the same call goes on from there.
+        TrainingError: settings, data or directory cannot be used, or the disk is full.
+    """
+    with StopFlag().installed() as stop:
+        run = Tune(out, settings, report, stop, fresh=fresh)
+        try:
+            result = _stages(run)
+        except NothingGained:
+            shutil.rmtree(run.work)
+            raise
+        shutil.rmtree(run.work)
+        return result
+
+
+def _stages(run: Tune) -> dict[str, Any]:
+    settings = run.settings
+    llm = run.engine(run.stock, settings.draft_n)
+    n_draft = llm.pairing.n_draft_max
+    prompts = run.read(llm)
+    run.report(Progress("measuring", 0, 1))
+    before = run.measure(llm, prompts.compare)
+    stock = tokens_per_pass(before)
+    run.report(Progress("measuring", 1, 1))
+    if stock.tokens_per_pass - 1 >= ENOUGH * n_draft and not settings.force:
+        raise NothingGained(
+            f"nothing to gain: {_text(stock)} tokens per pass of at most {n_draft + 1}"
+        )
+    run.write(llm, prompts.train)
+    del llm
+    phase = run.train(n_draft)
+    scores = {}
+    steps = phase.store.kept_steps()
+    for index, step in enumerate(steps):
+        run.stop.check()
+        run.report(Progress("selecting", index, len(steps)))
+        with run.engine(run.export(phase, step), n_draft) as candidate:
+            found = tokens_per_pass(run.measure(candidate, prompts.select))
+        scores[step] = found.tokens_per_pass
+    run.report(Progress("selecting", len(steps), len(steps)))
+    best = run.export(phase, max(scores, key=lambda step: (scores[step], step)))
+    with run.engine(best, n_draft) as candidate:
+        after = run.measure(candidate, prompts.compare)
+    tuned, change = tokens_per_pass(after), difference(after, before)
+    if not is_better(change):
+        raise NothingGained(
+            f"the new drafter is not better outside the noise: {_text(tuned)} tokens per pass, "
+            f"{_text(stock)} before, a difference of {_text(change)}"
+        )
+    report = {
+        "settings": run.decided["settings"],
+        "bad_rows": run.decided["bad_rows"],
+        "prompts": {"train": len(prompts.train), "compare": len(prompts.compare)},
+        "texts": sum(map(len, run.decided["texts"])),
+        "steps": run.decided["steps"],
+        "candidates": {str(step): score for step, score in scores.items()},
+        "draft_length": n_draft,
+        "before": asdict(stock) | {"by_position": _sum(before).acceptance_by_position},
+        "after": asdict(tuned) | {"by_position": _sum(after).acceptance_by_position},
+        "change": asdict(change),
+        "seconds": time.monotonic() - run.start,
+    }
+    plot_tuning(
+        best / PLOT_NAME,
+        report["before"]["by_position"],  # type: ignore[index]
+        report["after"]["by_position"],  # type: ignore[index]
+    )
+    replace_json(best / REPORT_NAME, report)
+    best.rename(run.out)
+    return report
+
+
+def _text(measured: Measured) -> str:
+    return f"{measured.tokens_per_pass:.2f} ± {measured.standard_error:.2f}"
+
+
+def _sum(parts: Sequence[DraftStats]) -> DraftStats:
+    total = DraftStats()
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def _digest(settings: TuneSettings) -> str:
+    """Of the contents of all data files."""
+    digest = hashlib.sha256()
+    for name in (*settings.data, *settings.heldout):
+        try:
+            digest.update(Path(name).read_bytes())
+        except OSError as error:
+            raise TrainingError(f"{name} cannot be read: {error}", "check --data") from error
+    return digest.hexdigest()[:16]
