@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from outdraft import LLM, EngineConfig, SamplingParams
 from outdraft.bench.peers.transformers import sharing_modes
+from outdraft.cli.tune import app
 from outdraft.errors import TrainingError
 from outdraft.speculate.stats import DraftStats
 from outdraft.train import tune as tuning_run
@@ -283,6 +285,18 @@ def test_a_stopped_run_ends_the_same(
     tune(tmp_path / "cut", settings, quiet)
     name = "model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_command_says_why_nothing_was_written(
+    tmp_path: Path, settings: TuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning_run, "ENOUGH", 0.0)
+    options = ["--data", *settings.data, "--assistant", str(settings.assistant)]
+    options += ["--n-heldout", "16", "--new-tokens", "8", "--out", str(tmp_path / "tuned")]
+    done = CliRunner().invoke(app, [settings.target, *options])
+    assert done.exit_code == 3, done.output
+    assert "nothing to gain" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_runs_directory_is_refused(tmp_path: Path, settings: TuneSettings) -> None:

@@ -1,5 +1,6 @@
 """`outdraft tune`: make the drafter fit a target. Not here: how (train/tune.py)."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ app = typer.Typer()
 
 @app.command()
 def tune(
+    ctx: typer.Context,
     model: Model,
     data: Annotated[list[Path], typer.Option(help="Text, JSONL or JSON; can be repeated.")],
     out: Annotated[
@@ -46,39 +48,29 @@ def tune(
         bool, typer.Option("--resume/--fresh", help="Go on with an unfinished run, or begin again.")
     ] = True,
 ) -> None:
-    """Fine-tune a Gemma 4 assistant on what the target, as it is served, writes itself.
+    """Make the drafter fit a target, on the target's own answers.
 
     The new drafter is written only if it is better on held-out prompts outside the noise; else the
     exit code is 3 and nothing is left. Ctrl-C stops; the same command goes on from there.
     """
+    _run(out, ctx.params, fresh=not resume)
+
+
+def _run(out: Path, given: dict[str, Any], *, fresh: bool) -> None:
     from rich.console import Console
 
     from outdraft.cli.train import ProgressBars
     from outdraft.train.trainer import TrainingStopped
-    from outdraft.train.tune import NothingGained, TuneSettings
-    from outdraft.train.tune import tune as run
+    from outdraft.train.tune import NothingGained, TuneSettings, tune
 
-    settings = TuneSettings(
-        model,
-        tuple(map(str, data)),
-        tuple(map(str, heldout or ())),
-        assistant,
-        quant,
-        minutes,
-        steps,
-        samples,
-        loss,
-        draft_n,
-        n_heldout,
-        prompt_tokens,
-        new_tokens,
-        seed,
-        force,
-    )
+    values = {f.name: given[f.name] for f in fields(TuneSettings) if f.name in given}
+    for name in ("data", "heldout"):
+        values[name] = tuple(str(path) for path in given[name] or ())
+    settings = TuneSettings(target=given["model"], **values)
     console = Console(stderr=True)
     with ProgressBars(console) as bars:
         try:
-            report = run(out, settings, bars.report, fresh=not resume)
+            report = tune(out, settings, bars.report, fresh=fresh)
         except TrainingStopped:
             console.print("Stopped. The same command goes on from here.")
             raise typer.Exit(130) from None

@@ -95,8 +95,8 @@ def session(bits: int, threads: int, n: int, k: int, n_copies: int) -> Session:
 def kernels(threads: int) -> list[PeerKernel]:
     """Both."""
     return [
-        PeerKernel("MatMulNBits 4", 4, partial(OnnxWeights, 4, threads)),
-        PeerKernel("MatMulNBits 8", 8, partial(OnnxWeights, 8, threads)),
+        PeerKernel("q4", 4, partial(OnnxWeights, 4, threads)),
+        PeerKernel("q8", 8, partial(OnnxWeights, 8, threads)),
     ]
 
 
