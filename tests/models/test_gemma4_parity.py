@@ -5,17 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from outdraft.cache.attend import CausalCall
-from outdraft.cache.memory import Memory, Span
+from outdraft.cache.memory import Memory
 from outdraft.models.gemma4 import Gemma4, memory_layers
 from outdraft.models.gemma4_config import Gemma4Config
 from outdraft.ops.reference import ReferenceOps
 from tests import tiny
-
-N_TOKENS = 150
-TOLERANCE = 1e-4
+from tests.models.parity import assert_parity, memory_of
 
 
 def reference(raw: dict[str, Any], weights: dict[str, Tensor]) -> Gemma4ForCausalLM:
@@ -30,22 +27,9 @@ def reference(raw: dict[str, Any], weights: dict[str, Tensor]) -> Gemma4ForCausa
     return model
 
 
-def run(model: Gemma4, memory: Memory, tokens: list[int]) -> Tensor:
-    """Logits [T, V] of the next tokens of the one sequence "s"."""
-    memory.reserve("s", len(tokens))
-    call = CausalCall.prepare(memory, model.ops, [Span("s", 0, len(tokens))], tokens)
-    hidden = model.forward(call.token_T, call.position_T, call.attend)
-    memory.advance("s", len(tokens))
-    memory.trim("s")
-    return model.logits(hidden)
-
-
 def build(raw: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Gemma4, Memory]:
     config = Gemma4Config.from_hf(raw)
-    memory = Memory(
-        memory_layers(config), max_sequences=1, max_tokens=256, max_rows=160, dtype=torch.float32
-    )
-    memory.open("s")
+    memory = memory_of(list(memory_layers(config)))
     return Gemma4(config, weights, ReferenceOps()), memory
 
 
@@ -54,21 +38,4 @@ def build(raw: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Gemma4, Memo
 def test_prefill_and_cached_decoding_equal_transformers(shape: str) -> None:
     raw = tiny.target_config(shape)
     weights = tiny.target_weights(raw, seed=3)
-    tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS,), generator=torch.Generator().manual_seed(4))
-    theirs = reference(raw, weights)
-    cache = DynamicCache(config=theirs.config)
-    split = N_TOKENS - 12
-    expected = [theirs(tokens[None, :split], past_key_values=cache).logits[0]]
-    for token in tokens[split:]:
-        expected.append(theirs(token.view(1, 1), past_key_values=cache).logits[0])
-    want = torch.cat(expected)
-    spread = float(want.max() - want.min())
-
-    model, memory = build(raw, weights)
-    whole = run(model, memory, tokens.tolist())
-    assert float((whole - want).abs().max()) <= TOLERANCE * spread
-
-    model, memory = build(raw, weights)
-    parts = [run(model, memory, tokens[:split].tolist())]
-    parts += [run(model, memory, [int(token)]) for token in tokens[split:]]
-    assert torch.equal(torch.cat(parts), whole)
+    assert_parity(reference(raw, weights), lambda: build(raw, weights))

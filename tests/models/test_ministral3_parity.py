@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Ministral3Config, Ministral3ForCausalLM
+from transformers import Ministral3Config, Ministral3ForCausalLM
 
-from outdraft.cache.attend import CausalCall
-from outdraft.cache.memory import Memory, Span
+from outdraft.cache.memory import Memory
 from outdraft.errors import ModelError
 from outdraft.models import ministral3
 from outdraft.ops.reference import ReferenceOps
 from tests import tiny
-
-N_TOKENS = 150
-TOLERANCE = 1e-4
+from tests.models.parity import assert_parity, memory_of
 
 
 def reference(raw: dict[str, Any], weights: dict[str, Tensor]) -> Ministral3ForCausalLM:
@@ -32,19 +29,9 @@ def reference(raw: dict[str, Any], weights: dict[str, Tensor]) -> Ministral3ForC
     return model
 
 
-def run(model: ministral3.Ministral3, memory: Memory, tokens: list[int]) -> Tensor:
-    memory.reserve("s", len(tokens))
-    call = CausalCall.prepare(memory, model.ops, [Span("s", 0, len(tokens))], tokens)
-    hidden = model.forward(call.token_T, call.position_T, call.attend)
-    memory.advance("s", len(tokens))
-    return model.logits(hidden)
-
-
 def build(raw: dict[str, Any], weights: dict[str, Tensor]) -> tuple[ministral3.Ministral3, Memory]:
     config = ministral3.Ministral3Config.from_hf(raw)
-    layers = ministral3.memory_layers(config)
-    memory = Memory(layers, max_sequences=1, max_tokens=256, max_rows=160, dtype=torch.float32)
-    memory.open("s")
+    memory = memory_of(list(ministral3.memory_layers(config)))
     return ministral3.Ministral3(config, weights, ReferenceOps()), memory
 
 
@@ -53,24 +40,7 @@ def build(raw: dict[str, Any], weights: dict[str, Tensor]) -> tuple[ministral3.M
 def test_prefill_and_cached_decoding_equal_transformers(tied: bool) -> None:
     raw = tiny.target_config("ministral3", tie_word_embeddings=tied)
     weights = tiny.target_weights(raw, seed=3)
-    tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS,), generator=torch.Generator().manual_seed(4))
-    theirs = reference(raw, weights)
-    cache = DynamicCache(config=theirs.config)
-    split = N_TOKENS - 12
-    expected = [theirs(tokens[None, :split], past_key_values=cache).logits[0]]
-    for token in tokens[split:]:
-        expected.append(theirs(token.view(1, 1), past_key_values=cache).logits[0])
-    want = torch.cat(expected)
-    spread = float(want.max() - want.min())
-
-    model, memory = build(raw, weights)
-    whole = run(model, memory, tokens.tolist())
-    assert float((whole - want).abs().max()) <= TOLERANCE * spread
-
-    model, memory = build(raw, weights)
-    parts = [run(model, memory, tokens[:split].tolist())]
-    parts += [run(model, memory, [int(token)]) for token in tokens[split:]]
-    assert torch.equal(torch.cat(parts), whole)
+    assert_parity(reference(raw, weights), lambda: build(raw, weights))
 
 
 def test_queries_grow_with_their_position() -> None:

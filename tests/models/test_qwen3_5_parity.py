@@ -6,19 +6,16 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
-from outdraft.cache.attend import CausalCall
-from outdraft.cache.memory import Memory, Span
+from outdraft.cache.memory import Memory
 from outdraft.errors import ModelError
 from outdraft.models import qwen3_5
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps
 from tests import tiny
+from tests.models.parity import assert_parity, memory_of, run
 
-N_TOKENS = 150
-TOLERANCE = 1e-4
 NAMES = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
 
 
@@ -34,19 +31,10 @@ def reference(shape: str, raw: dict[str, Any], weights: dict[str, Tensor]) -> An
     return model
 
 
-def run(model: qwen3_5.Qwen35, memory: Memory, tokens: list[int]) -> Tensor:
-    memory.reserve("s", len(tokens))
-    call = CausalCall.prepare(memory, model.ops, [Span("s", 0, len(tokens))], tokens)
-    hidden = model.forward(call.token_T, call.position_T, call.attend)
-    memory.advance("s", len(tokens))
-    return model.logits(hidden)
-
-
 def build(raw: dict[str, Any], weights: dict[str, Tensor]) -> tuple[qwen3_5.Qwen35, Memory]:
     config = Qwen35Config.from_hf(raw)
     layers = qwen3_5.memory_layers(config)
-    memory = Memory(layers, max_sequences=1, max_tokens=256, max_rows=160, dtype=torch.float32)
-    memory.open("s")
+    memory = memory_of(list(layers))
     return qwen3_5.Qwen35(config, weights, ReferenceOps()), memory
 
 
@@ -55,24 +43,7 @@ def build(raw: dict[str, Any], weights: dict[str, Tensor]) -> tuple[qwen3_5.Qwen
 def test_prefill_and_cached_decoding_equal_transformers(shape: str) -> None:
     raw = tiny.target_config(shape)
     weights = tiny.target_weights(raw, seed=3)
-    tokens = torch.randint(6, tiny.VOCAB, (N_TOKENS,), generator=torch.Generator().manual_seed(4))
-    theirs = reference(shape, raw, weights)
-    cache = DynamicCache(config=theirs.config)
-    split = N_TOKENS - 12
-    expected = [theirs(tokens[None, :split], past_key_values=cache).logits[0]]
-    for token in tokens[split:]:
-        expected.append(theirs(token.view(1, 1), past_key_values=cache).logits[0])
-    want = torch.cat(expected)
-    spread = float(want.max() - want.min())
-
-    model, memory = build(raw, weights)
-    whole = run(model, memory, tokens.tolist())
-    assert float((whole - want).abs().max()) <= TOLERANCE * spread
-
-    model, memory = build(raw, weights)
-    parts = [run(model, memory, tokens[:split].tolist())]
-    parts += [run(model, memory, [int(token)]) for token in tokens[split:]]
-    assert torch.equal(torch.cat(parts), whole)
+    assert_parity(reference(shape, raw, weights), lambda: build(raw, weights))
 
 
 @torch.inference_mode()
