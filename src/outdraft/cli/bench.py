@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outdraft.cli import options
-from outdraft.cli.console import remark, remarks, results, save
+from outdraft.cli.console import counting, remark, remarks, results, save
 from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
 
@@ -207,25 +207,10 @@ def measure(
     repeats: int,
 ) -> "list[Run]":
     """All runs of one mode, behind a progress bar that shows the newest rate."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from outdraft.bench.run import measure_all, warm_up
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[newest]}"),
-    )
     runs = []
-    with Progress(*columns, console=remarks()) as progress:
+    with counting(label) as progress:
         total = len(arms) * len(prompts) * repeats
         task = progress.add_task(label, total=total, newest="warming up")
         warm_up(arms, prompts[0], params)

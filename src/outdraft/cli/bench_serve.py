@@ -17,7 +17,6 @@ from outdraft.cli import options
 from outdraft.cli.bench import find_prompts, new_table
 from outdraft.cli.bench_throughput import read_concurrencies
 from outdraft.cli.console import remark, remarks, results
-from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def bench_serve(
+    ctx: typer.Context,
     model: options.Model,
     streams: Annotated[str, typer.Option(help="Streams at a time.")] = "1,16",
     requests: Annotated[
@@ -52,13 +52,7 @@ def bench_serve(
     themselves while they run. That the texts are the same is checked first.
     """
     wanted = read_concurrencies(streams)
-    config = EngineConfig(
-        draft_n=spec_draft_n,
-        quant=quant,
-        max_sequences=wanted[-1],
-        prefix_cache=False,
-        threads=threads,
-    )
+    config = options.engine_config(ctx.params, max_sequences=wanted[-1], prefix_cache=False)
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.serve import summarise
     from outdraft.bench.throughput import mix_requests

@@ -9,7 +9,7 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.bench import find_prompts, new_table
-from outdraft.cli.console import remarks, results, save
+from outdraft.cli.console import counting, results, save
 from outdraft.config import EngineConfig, SpecType
 from outdraft.errors import OutdraftError
 
@@ -33,6 +33,7 @@ JsonFile = Annotated[
 
 @app.command()
 def bench_throughput(
+    ctx: typer.Context,
     model: options.Model,
     json_file: JsonFile = None,
     concurrency: Annotated[str, typer.Option(help="Requests in progress.")] = "1,4,16",
@@ -67,19 +68,8 @@ def bench_throughput(
     "controller" chooses lengths; with `--drafter ngram` from n-grams and the assistant.
     """
     wanted = read_concurrencies(concurrency)
-    config = EngineConfig(
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        device=device,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        kv_cache_tokens=kv_cache_tokens,
-        max_sequences=wanted[-1],
-        prefix_cache=False,  # prompts come again in every run and would be computed only once
-        threads=threads,
-    )
+    # Prompts come again in every run and would be computed only once with a prefix cache.
+    config = options.engine_config(ctx.params, max_sequences=wanted[-1], prefix_cache=False)
     settings: dict[str, Any] = {
         "model": model,
         "text": text,
@@ -179,24 +169,10 @@ def measure(
     modes: "list[Mode]", asked: "list[Asked]", concurrencies: list[int], rounds: int
 ) -> "list[Run]":
     """All runs, behind a progress bar that shows the newest rate."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from outdraft.bench.throughput import measure_all, warm_up
 
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[newest]}"),
-    )
     runs = []
-    with Progress(*columns, console=remarks()) as progress:
+    with counting() as progress:
         total = len(modes) * len(concurrencies) * rounds
         task = progress.add_task("", total=total, newest="warming up")
         warm_up(modes, asked, concurrencies[-1])

@@ -5,10 +5,13 @@ Colours, NO_COLOR and whether there is a terminal are rich's business.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # What a model writes is foreign: control characters could drive the terminal. They become visible.
 _CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -28,6 +31,22 @@ def remarks() -> Console:
 def remark(text: str) -> None:
     """A line on stderr beside the result."""
     remarks().print(Text(harmless(text), style="dim"))
+
+
+def counting(label: str = "") -> "Progress":
+    """A bar on stderr that counts runs; its tasks have a field `newest`, the newest rate."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    front = (TextColumn("{task.description}"),) if label else ()
+    behind = TextColumn("{task.fields[newest]}")
+    columns = (*front, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), behind)
+    return Progress(*columns, console=remarks())
 
 
 def complain(message: str, hint: str) -> None:

@@ -7,7 +7,6 @@ import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import harmless, remark, results
-from outdraft.config import EngineConfig
 
 NOT_EXACT = 1
 
@@ -16,6 +15,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def verify(
+    ctx: typer.Context,
     model: options.Model,
     assistant: options.Assistant = None,
     spec_type: options.Spec = "auto",
@@ -38,19 +38,7 @@ def verify(
     from outdraft.bench.verify import config_for, verify_model
     from outdraft.cli.streaming import load
 
-    config = EngineConfig(
-        spec_type=spec_type,
-        assistant=assistant,
-        draft_n_max=spec_draft_n_max,
-        sample_drafts=spec_draft_sample,
-        device=device,
-        backend=backend,
-        dtype=dtype,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        threads=threads,
-    )
-    with load(model, config_for(config)) as llm:
+    with load(model, config_for(options.engine_config(ctx.params))) as llm:
         report = verify_model(llm, remark)
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))

@@ -114,7 +114,10 @@ class AutoLengths:
         n_drafting, depth = len(in_round), max(in_round, default=0)
         size = (drawn, step.n_rows, n_drafting, depth)
         target_s = step.pass_s if drawn else step.pass_s + step.rest_s
-        if step.clean and size in self._seen:
+        timed = step.clean and size in self._seen
+        if step.clean:
+            self._seen.add(size)
+        if timed:
             n_tokens = step.n_sequences + sum(n_accepted for _, n_accepted in step.blocks.values())
             self._trial(controller, step.n_sequences).observe(
                 n_tokens, target_s + step.draft_s, alike=self._alike
@@ -122,7 +125,7 @@ class AutoLengths:
         self._n_steps += 1
         if self._n_steps > SETTLED and self._n_steps % EVERY:
             return  # learning costs time, too
-        if step.clean and size in self._seen:
+        if timed:
             controller.observe_step(
                 step.n_sequences,
                 step.n_rows,
@@ -133,8 +136,6 @@ class AutoLengths:
                 None if drawn else step.rest_s,
             )
             self._compare(step, target_s, controller)
-        if step.clean:
-            self._seen.add(size)
 
     def _compare(self, step: StepCosts, target_s: float, controller: LengthController) -> None:
         n = step.n_sequences

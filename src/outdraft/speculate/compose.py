@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-import torch
-
-from outdraft.speculate.drafter import Draft, Drafter, Taps, TargetView
+from outdraft.speculate.drafter import Draft, Drafter, Taps, TargetView, with_own
 from outdraft.speculate.ngram import NgramDrafter, point_masses
 
 
@@ -63,17 +61,7 @@ class NgramFirst:
         if not rest:
             return draft
         own_k = max(1, *(chosen.get(view.sequences[b].id, ("", k))[1] for b in rest))
-        own = self.other.propose(_part(view, rest), own_k)
-        width = own.tokens_BK.shape[1]
-        for i, b in enumerate(rest):
-            draft.tokens_BK[b, :width] = own.tokens_BK[i]
-            draft.probs[b] = own.probs[i]
-            draft.lengths[b] = own.lengths[i]
-        if own.confidence_BK is None:
-            return draft
-        confidence_BK = torch.full(draft.tokens_BK.shape, torch.nan)
-        confidence_BK[rest, :width] = own.confidence_BK
-        return replace(draft, confidence_BK=confidence_BK)
+        return with_own(draft, self.other.propose(_part(view, rest), own_k), rest)
 
     def commit(self, view: TargetView, n_accepted: list[int]) -> None:
         """Tell each of the sequences that it drafted for."""

@@ -20,7 +20,7 @@ from outdraft.config import EngineConfig
 from outdraft.errors import CapacityError, PairingError
 from outdraft.models.registry import Target, load_target
 from outdraft.speculate.chain import draft_chain
-from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
+from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, no_drafts, with_own
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.loading import Loading
 
@@ -77,17 +77,19 @@ class DraftModelDrafter:
         self.sample_drafts = sample_drafts
         self.needs = Taps()
         self._read: dict[str, list[int]] = {}  # tokens whose rows are in memory
+        self._equal: dict[str, int] = {}  # so many of them are known to be committed
 
     def open(self, sequence: str) -> None:
         """A sequence begins; it is read when drafts are first asked for."""
         self.memory.open(sequence)
         self._read[sequence] = []
+        self._equal[sequence] = 0
 
     def close(self, sequence: str) -> None:
         """Its memory is free again."""
         if sequence in self._read:
             self.memory.close(sequence)
-            del self._read[sequence]
+            del self._read[sequence], self._equal[sequence]
 
     def commit(self, view: TargetView, n_accepted: list[int]) -> None:
         """Nothing to do: the next round compares what was read with what was committed."""
@@ -109,20 +111,12 @@ class DraftModelDrafter:
         if reading:
             self._run([(s.id, pending[s.id][:CATCH_UP]) for s in reading], scores=False)
         ready = [s for s in able if len(pending[s.id]) <= CATCH_UP]
-        draft = Draft(
-            tokens_BK=torch.zeros(len(view.sequences), k, dtype=torch.int64),
-            probs=[None] * len(view.sequences),
-            lengths=[0] * len(view.sequences),
-        )
+        draft = no_drafts(len(view.sequences), k)
         if not ready:
             return draft
         own = self._chain(ready, [(s.id, pending[s.id]) for s in ready], k)
-        place = {s.id: b for b, s in enumerate(view.sequences)}
-        for i, sequence in enumerate(ready):
-            b = place[sequence.id]
-            draft.tokens_BK[b] = own.tokens_BK[i]
-            draft.probs[b], draft.lengths[b] = own.probs[i], k
-        return draft
+        names = {s.id for s in ready}
+        return with_own(draft, own, [b for b, s in enumerate(view.sequences) if s.id in names])
 
     def _chain(
         self, ready: list[SequenceView], first: list[tuple[str, list[int]]], k: int
@@ -150,8 +144,10 @@ class DraftModelDrafter:
             self.open(sequence.id)
         read = self._read[sequence.id]
         n = min(len(read), sequence.n - 1)  # the newest is always read, for its scores
-        if read[:n] != sequence.tokens[:n]:
-            n = next(i for i in range(n) if read[i] != sequence.tokens[i])
+        # What was found equal once stays so: committed tokens do not change.
+        known = self._equal[sequence.id]
+        n = next((i for i in range(known, n) if read[i] != sequence.tokens[i]), n)
+        self._equal[sequence.id] = n
         self.memory.rollback(sequence.id, len(read) - n)
         del read[n:]
         self.memory.trim(sequence.id)

@@ -7,11 +7,12 @@ drafter a model gets (build.py), how many tokens to draft (engine/plan.py).
 Shapes: B sequences, K draft length, V vocabulary, H hidden size of the target.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from outdraft.cache.memory import Memory
@@ -87,6 +88,24 @@ class Draft:
     probs: list[Tensor | None]
     lengths: list[int]
     confidence_BK: Tensor | None = None
+
+
+def no_drafts(n: int, k: int) -> Draft:
+    """Of n sequences, each of length 0."""
+    return Draft(torch.zeros(n, k, dtype=torch.int64), [None] * n, [0] * n)
+
+
+def with_own(draft: Draft, own: Draft, rows: Sequence[int]) -> Draft:
+    """A draft of all sequences, changed in place, with those of some, `own`, as these rows."""
+    width = own.tokens_BK.shape[1]
+    for i, b in enumerate(rows):
+        draft.tokens_BK[b, :width] = own.tokens_BK[i]
+        draft.probs[b], draft.lengths[b] = own.probs[i], own.lengths[i]
+    if own.confidence_BK is None:
+        return draft
+    confidence_BK = torch.full(draft.tokens_BK.shape, torch.nan)
+    confidence_BK[list(rows), :width] = own.confidence_BK
+    return replace(draft, confidence_BK=confidence_BK)
 
 
 class Drafter(Protocol):

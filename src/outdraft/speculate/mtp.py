@@ -25,7 +25,7 @@ from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import Target, choose_ops, open_weights, packing
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.speculate.chain import draft_chain
-from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView
+from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, no_drafts, with_own
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.loading import Loading
@@ -121,17 +121,12 @@ class MtpDrafter:
         ready = [s for s in able if self._own[s.id].n_waiting <= CATCH_UP]
         if long := [s for s in able if self._own[s.id].n_waiting > CATCH_UP]:
             self._catch_up(long, view)
-        n = len(view.sequences)
-        draft = Draft(torch.zeros(n, k, dtype=torch.int64), [None] * n, [0] * n)
+        draft = no_drafts(len(view.sequences), k)
         if not ready:
             return draft
-        own = self._chain(ready, view, k)
-        place = {s.id: b for b, s in enumerate(view.sequences)}
-        for i, sequence in enumerate(ready):
-            b = place[sequence.id]
-            draft.tokens_BK[b] = own.tokens_BK[i]
-            draft.probs[b], draft.lengths[b] = own.probs[i], k
-        return draft
+        names = {s.id for s in ready}
+        rows = [b for b, s in enumerate(view.sequences) if s.id in names]
+        return with_own(draft, self._chain(ready, view, k), rows)
 
     def _chain(self, ready: list[SequenceView], view: TargetView, k: int) -> Draft:
         carried_BK = self._catch_up(ready, view)
