@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from outdraft.models import gemma4_assistant, mtp
+from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_config import AssistantConfig
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import head_family
 from outdraft.models.registry import family_of
 from outdraft.weights.load import ExpectedTensor
 
@@ -207,10 +207,10 @@ NEMOTRONS: dict[str, dict[str, Any]] = {
     "nemotron_h": _NEMOTRON_H | {"hybrid_override_pattern": "M-*-M"},
     # 3 Nano and 3.5 Lightning: experts
     "nemotron_h_moe": _NEMOTRON_H | {"hybrid_override_pattern": "MEM*E"},
-    # 3 Super: experts in a latent; here in groups, too, and the layers' kinds as names
+    # 3 Super: experts in a latent; here in groups, too, the layers' kinds as names, and an MLP
     "nemotron_h_latent": _NEMOTRON_H
     | {
-        "layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"],
+        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],
         "moe_latent_size": 48,
         "n_group": 4,
         "topk_group": 2,
@@ -372,10 +372,13 @@ def tiny_assistant(
 
 
 def tiny_hybrid(path: Path, shape: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> Path:
-    """A tiny random Qwen 3.5 with a native head, in the layout of the published checkpoints."""
-    config = target_config(shape, mtp_num_hidden_layers=1, **changes)
-    shapes = mtp.expected_tensors(Qwen35Config.from_hf(config))
+    """A tiny random hybrid with a native head, in the layout of the published checkpoints."""
+    claim = "num_nextn_predict_layers" if shape in NEMOTRONS else "mtp_num_hidden_layers"
+    config = target_config(shape, **{claim: 1}, **changes)
+    read = family_of(config, path).read_config(config)
+    shapes = head_family(read).expected_tensors(read)
     head = {f"mtp.{name}": t for name, t in random_tensors(shapes, seed + 1).items()}
     body = target_weights(config, seed)
-    named = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in body.items()}
+    prefix = "backbone." if shape in NEMOTRONS else "model."
+    named = {n if n.startswith("lm_head") else prefix + n: t for n, t in body.items()}
     return write_model(path, config, named | head, prefix="")

@@ -1,10 +1,10 @@
-"""Nemotron-H: layers of one mixer each, which is a Mamba 2 recurrence, attention, an MLP or experts.
+"""Nemotron-H: layers of one mixer each: a Mamba 2 recurrence, attention, an MLP or experts.
 
 From the published checkpoints' layout and transformers `models/nemotron_h`. Attention has no
-position encoding; MLPs are down(relu(up x)^2); experts have no gates and are chosen by sigmoids with
-a bias. The rows of a Mamba projection that make time steps are kept in bf16 however the rest is
-stored: an exponential reads them. transformers holds time steps of a prompt above `time_step_min`
-and those of single tokens not; here, as in training, only `time_step_limit` holds.
+position encoding; MLPs are down(relu(up x)^2); experts have no gates and are chosen by sigmoids
+with a bias. The rows of a Mamba projection that make time steps are kept in bf16 however the rest
+is stored: an exponential reads them. transformers holds time steps of a prompt above
+`time_step_min` and those of single tokens not; here only `time_step_limit` holds, for all.
 
 Shapes: T rows, K hidden size, H heads, D head dimension, C channels of the convolution, P inputs of
 a Mamba head, G groups, V width of a group.

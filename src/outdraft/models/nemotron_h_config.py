@@ -119,9 +119,9 @@ class NemotronHConfig:
                     "no published Nemotron-H uses it; check the file",
                 )
         kinds = _layer_kinds(config)
-        mtp_kinds = _kinds(
-            config.get("mtp_layers_block_type"), config.get("mtp_hybrid_override_pattern"), "MTP"
-        )
+        names = config.get("mtp_layers_block_type")
+        mtp_kinds = _kinds(names, config.get("mtp_hybrid_override_pattern"), "MTP")
+        mtp_kinds = mtp_kinds or ("attention", "moe")
         n_heads, n_kv_heads = (
             positive(config, "num_attention_heads"),
             positive(config, "num_key_value_heads"),
@@ -133,7 +133,7 @@ class NemotronHConfig:
                 "check num_attention_heads, num_key_value_heads and head_dim in config.json",
             )
         n_mtp = int(config.get("num_nextn_predict_layers") or 0)
-        used = {*kinds, *(mtp_kinds if n_mtp else ())}
+        used = {*kinds, *mtp_kinds} if n_mtp else {*kinds}
         return cls(
             vocab_size=positive(config, "vocab_size"),
             hidden_size=positive(config, "hidden_size"),
@@ -147,7 +147,7 @@ class NemotronHConfig:
             max_position_embeddings=positive(config, "max_position_embeddings"),
             eps=float(config.get("layer_norm_epsilon") or 1e-5),
             n_mtp_layers=n_mtp,
-            mtp_kinds=mtp_kinds or ("attention", "moe"),
+            mtp_kinds=mtp_kinds,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
         )
 

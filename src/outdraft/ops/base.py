@@ -134,9 +134,9 @@ class DeltaNet:
 class StateSpace:
     """Weights of a Mamba 2 layer's recurrence; all fp32.
 
-    Convolution [W, C] and its bias [C] or None; `decay_H` is -exp(A_log); time steps are kept within
-    `limits`. The C channels are H heads of P inputs, then `n_groups` of N numbers that lead into the
-    state, then as many that lead out of it.
+    Convolution [W, C] and its bias [C] or None; `decay_H` is -exp(A_log); time steps are kept
+    within `limits`. The C channels are H heads of P inputs, then `n_groups` of N numbers that lead
+    into the state, then as many that lead out of it.
     """
 
     conv_WC: Tensor
