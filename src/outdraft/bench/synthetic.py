@@ -23,7 +23,7 @@ from outdraft.models.heads import NativeHead, head_family
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
-from outdraft.ops.base import Ops, Role
+from outdraft.ops.base import Ops, Role, SigmoidRouter
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
@@ -92,6 +92,12 @@ class SyntheticOps(CpuOps):
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.route`."""
         ids_TA, weights_TA = CpuOps.route(self, scores_TE, count, per_expert_E)
+        self.routed.append(ids_TA)
+        return ids_TA, weights_TA
+
+    def route_sigmoid(self, scores_TE: Tensor, router: SigmoidRouter) -> tuple[Tensor, Tensor]:
+        """See `Ops.route_sigmoid`."""
+        ids_TA, weights_TA = CpuOps.route_sigmoid(self, scores_TE, router)
         self.routed.append(ids_TA)
         return ids_TA, weights_TA
 
