@@ -267,7 +267,7 @@ def find_head(path: Path, config: TargetConfig) -> str | None:
 def _there(name: str, present: set[str]) -> bool:
     """Whether a weight is there, whole or quantised."""
     stem = name.removesuffix("weight")
-    return name in present or any(found.startswith(stem) for found in present)
+    return name in present or (stem + "weight_packed") in present or (stem + "qweight") in present
 
 
 def load_head(
