@@ -25,6 +25,7 @@ from outdraft.ops.base import (
     Ops,
     PageSlots,
     StateRows,
+    StateSpace,
 )
 
 
@@ -58,6 +59,16 @@ class CausalAttend:
             qkv_TC, a_TH[:n], b_TH[:n], net.gates, store.state_SHKV, self.states, net.n_k_heads
         )
         return pad_back(out_THV, x_TC.shape[0])
+
+    def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
+        """See `Attend`. Rows beyond the spans (padding) are zeros."""
+        assert self.states is not None and self.memory.recurrent is not None
+        store, n = self.memory.recurrent.layers[layer], self.states.sequence_T.shape[0]
+        x_nC = self.ops.short_conv(
+            x_TC[:n], space.conv_WC, store.inputs_SWC, self.states, space.conv_bias_C
+        )
+        out_THP = self.ops.scan(x_nC, dt_TH[:n], space, store.state_SHKV, self.states)
+        return pad_back(out_THP, x_TC.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

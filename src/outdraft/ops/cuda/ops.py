@@ -27,7 +27,7 @@ from outdraft.ops.cuda import kernels, linears
 from outdraft.ops.cuda.attention import attend
 from outdraft.ops.cuda.cuts import Cut, cut_of
 from outdraft.ops.cuda.graph import GraphProgram
-from outdraft.ops.cuda.missing import NoRecurrence
+from outdraft.ops.cuda.missing import NoRecurrence, NoStateSpace
 from outdraft.ops.cuda.product import launch
 from outdraft.ops.cuda.weights import CudaWeight, pack
 from outdraft.ops.packed import Format
@@ -40,7 +40,7 @@ BLOCK = 1024
 
 
 @dataclass(slots=True)
-class CudaOps(NoRecurrence):
+class CudaOps(NoRecurrence, NoStateSpace):
     """See the module docstring. A `device` of type cpu is Triton's interpreter, for tests.
 
     Attributes:
