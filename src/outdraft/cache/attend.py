@@ -109,9 +109,9 @@ def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int])
     token_T, position_T, sequence_T, slot_T = rows[:4]
     if memory.recurrent is not None:
         at = 0
-        for slot, span in zip(own, spans, strict=True):
+        for span in spans:
             length, end = memory.lengths[span.sequence], at + span.n_rows
-            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, slot, length, span.n_rows)
+            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, length, span.n_rows)
             at = end
     token_T[:] = tokens
     position_T[:] = [p for span in spans for p in memory.positions(span)]
