@@ -116,6 +116,19 @@ class PageBooks:
             self.prefix.use_state(chain[-1])
         self.states.open(sequence, length, state, wanted, last)
 
+    def skip(self, sequence: str, length: int) -> None:
+        """A new sequence begins behind so many tokens, whole pages, of which it has none.
+
+        Its rows must see nothing before them, and nothing of it may be shared.
+        """
+        assert length % self.page_slots == 0 and self.states is None
+        for group in self.groups.values():
+            table = group.tables[sequence]
+            group.pool.release(table.pages)
+            table.pages, table.first_page = [], length // self.page_slots
+        self.lengths[sequence], self.chains[sequence] = length, []
+        self.changed.add(sequence)
+
     def close(self, sequence: str) -> None:
         """A sequence is forgotten; its verified pages stay in the cache until they are needed."""
         del self.lengths[sequence], self.salts[sequence]
