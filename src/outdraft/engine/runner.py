@@ -86,6 +86,9 @@ class Runner:
         self.counters.begin(sequence)
         if self.drafter is not None:
             self._drafter_call(self.drafter.open, sequence.id)
+        if isinstance(self.drafter, ReadsStates):
+            salt = sequence.request.cache_salt
+            self._drafter_call(self.drafter.begin, sequence.id, sequence.tokens, salt, n_cached)
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence."""
