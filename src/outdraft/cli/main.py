@@ -34,6 +34,7 @@ VERBS = {
     "verify": "Prove on this machine that drafting, batching and caching change no token.",
     "tune": "Make the drafter fit a target, on the target's own answers.",
     "train": "Train a target and its drafter from text.",
+    "pretrain": "Train a hybrid with a native head from text.",
 }
 UNFORESEEN, WRONG_USE = 1, 2
 
