@@ -20,15 +20,21 @@ STEP_DECAY = 0.8
 
 DRAFT_LOSSES = ("kl", "lk", "nla", "ce")
 
+IGNORED = -100
+"""A target whose row adds nothing to a cross-entropy."""
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states [T, K] -> fp32 scores [T, V]."""
 
 
 def cross_entropy(hidden_TK: Tensor, targets_T: Tensor, head: Head) -> Tensor:
-    """Mean over rows of -log q(target), q = softmax(head(hidden)), in nats."""
+    """Mean over rows of -log q(target), q = softmax(head(hidden)), in nats.
+
+    Rows whose target is `IGNORED` count as zero.
+    """
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden), targets, reduction="sum")
+        return F.cross_entropy(head(hidden), targets, reduction="sum", ignore_index=IGNORED)
 
     return _mean_of_chunks(chunk, hidden_TK, targets_T)
 
