@@ -28,7 +28,14 @@ from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.heads import has_heads, head_family
 from outdraft.models.layers import TargetConfig
-from outdraft.models.registry import CANDIDATES, DTYPES, family_of, find_adapter, open_weights
+from outdraft.models.registry import (
+    CANDIDATES,
+    DTYPES,
+    TARGETS,
+    family_of,
+    find_adapter,
+    open_weights,
+)
 from outdraft.ops.packed import Format
 from outdraft.speculate.build import HEAD_DRAFTS, read_assistant_config
 from outdraft.speculate.mtp import find_head

@@ -1,4 +1,4 @@
-"""The multi-token prediction loss of Megatron-Core: a head that learns with the model it is part of.
+"""The multi-token prediction loss of Megatron-Core: a head that learns with its model.
 
 With x the tokens, h^0 the model's states behind its final norm and k = 1 .. D the depth,
 
