@@ -59,8 +59,8 @@ class EngineConfig:
             four of the longest sequences, or for `max_sequences` if that is fewer. One sequence
             of `ctx_size` always fits.
         prefix_cache: keep keys and values for later prompts that begin alike.
-        kept_states: of recurrent layers, how many states the prefix cache keeps at most, each behind
-            a page of 64 tokens; None: what takes as many bytes as keys and values, and at least 4.
+        kept_states: of recurrent layers, how many states the prefix cache keeps at most, each
+            behind a page of 64 tokens; None: what takes as many bytes as keys and values, and at least 4.
         threads: CPU threads; None leaves PyTorch's choice.
         cache_dir: where the kernels' packed weights are kept for the next start; None: nowhere.
         cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.

@@ -168,3 +168,58 @@ def test_recorded_rounds_draft_what_plain_calls_do(tmp_path: Path) -> None:
     many = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 25, 12)]
     llm.generate_all(prompts, many)
     assert llm.runner.faults.n_drafter == 0 and set(seen) >= {1, 2, 3}
+
+
+def watched(llm: LLM) -> list[tuple[int, list[int]]]:
+    """Filled with every round of one sequence: its number of tokens, and its drafts."""
+    drafter = llm.pairing.drafter
+    assert isinstance(drafter, MtpDrafter)
+    rounds: list[tuple[int, list[int]]] = []
+    propose = drafter.propose
+
+    def seen(view: Any, k: int) -> Any:
+        draft = propose(view, k)
+        own = draft.tokens_BK[0, : draft.lengths[0]].tolist()
+        rounds.append((len(view.sequences[0].tokens), own))
+        return draft
+
+    drafter.propose = seen  # type: ignore[method-assign]
+    return rounds
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_behind_a_prefix_hit_the_head_drafts_what_it_would(tmp_path: Path, backend: str) -> None:
+    """The head's pages come from its own cache; where they part one token late, it begins anew."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8, dtype="bfloat16")
+    options: dict[str, Any] = {"backend": backend, "draft_n": 3, "ctx_size": 512}
+    warm = LLM(str(path), EngineConfig(**options))
+    cold = LLM(str(path), EngineConfig(**options, prefix_cache=False))
+    got, want = watched(warm), watched(cold)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    shared = torch.randint(6, 300, (220,), generator=torch.Generator().manual_seed(2)).tolist()
+    warm.generate([*shared, 7, 8], params)
+    got.clear()
+    prompt = [*shared, 9, 10, 11]
+    done = warm.generate(prompt, params)
+    assert done.cached_tokens == 192 and done.tokens == cold.generate(prompt, params).tokens
+    assert got == want and sum(len(drafts) for _, drafts in got) > 20
+    got.clear()
+    parted = [*shared[:192], 5 if shared[192] != 5 else 6, *shared[193:]]  # row 191 is another
+    done = warm.generate(parted, params)
+    assert done.cached_tokens == 192 and done.tokens == cold.generate(parted, params).tokens
+    assert sum(len(drafts) for _, drafts in got) > 20
+    drafter = warm.pairing.drafter
+    assert isinstance(drafter, MtpDrafter) and warm.runner.faults.n_drafter == 0
+    drafter.memory.books.check()
+
+
+def test_rounds_of_a_head_are_measured_at_the_start(tmp_path: Path) -> None:
+    """The controller has costs of drafting before the first request."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8, dtype="bfloat16")
+    llm = LLM(str(path), EngineConfig(backend="cpu", draft_n_max=3, ctx_size=256, max_sequences=2))
+    drafter = llm.pairing.drafter
+    assert llm.lengths is not None and isinstance(drafter, MtpDrafter)
+    rounds = llm.lengths.likeliest.costs.rounds
+    assert (1, 1) in rounds and (1, 3) in rounds
+    assert not drafter.memory.lengths and not llm.memory.lengths
+    drafter.memory.books.check()
