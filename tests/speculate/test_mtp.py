@@ -1,5 +1,6 @@
 """The native head: against a plain restatement in fp64, and refused when it is not whole."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from outdraft.engine.engine import LLM
 from outdraft.errors import ModelError
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.request import SamplingParams
+from outdraft.sampling.logits import distribution
+from outdraft.speculate.draft_vocab import choose_ids
 from outdraft.speculate.mtp import MtpDrafter
+from outdraft.speculate.proof import (
+    Decoder,
+    block_distribution,
+    chi_square_p_value,
+    continuation,
+    logits_table,
+    sampled_drafts,
+    table,
+)
 from tests import tiny
 
 PROMPT = torch.randint(6, 300, (21,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -223,3 +235,76 @@ def test_rounds_of_a_head_are_measured_at_the_start(tmp_path: Path) -> None:
     assert (1, 1) in rounds and (1, 3) in rounds
     assert not drafter.memory.lengths and not llm.memory.lengths
     drafter.memory.books.check()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_part_of_the_vocabulary_is_drafted_and_nothing_else_changes(
+    tmp_path: Path, backend: str
+) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8, dtype="bfloat16")
+    options: dict[str, Any] = {"backend": backend, "draft_n": 3, "ctx_size": 256}
+    whole = LLM(str(path), EngineConfig(**options))
+    part = LLM(str(path), EngineConfig(**options, draft_vocab=100))
+    drafter = part.pairing.drafter
+    assert isinstance(drafter, MtpDrafter) and drafter.vocab is not None
+    ids = set(drafter.vocab.ids_N.tolist())
+    assert len(ids) == 128 and 1 in ids  # the end of sequence
+    rounds = watched(part)
+    for seed, temperature in ((None, 0.0), (4, 0.9)):
+        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=30, ignore_eos=True)
+        assert part.generate(PROMPT, params).tokens == whole.generate(PROMPT, params).tokens
+    drafted = {token for _, drafts in rounds for token in drafts}
+    assert len(drafted) > 5 and drafted <= ids
+    with torch.inference_mode():
+        rows = torch.randn(3, 64).to(torch.bfloat16)
+        ids_N = drafter.vocab.ids_N
+        want_BV = part.target.model.logits(rows)
+        got_BV = drafter.vocab.whole(drafter.vocab.logits(rows))
+        assert torch.equal(got_BV[:, ids_N], want_BV[:, ids_N])
+        assert int(torch.isfinite(got_BV).sum()) == 3 * len(ids_N)
+
+
+def test_drawn_drafts_of_a_part_are_lossless(tmp_path: Path) -> None:
+    """The engine's own drafts and verification: second tokens have the target's distribution."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8)
+    config = {"backend": "reference", "draft_n": 1, "ctx_size": 64, "max_sequences": 64}
+    llm = LLM(str(path), EngineConfig(**config, draft_vocab=64))  # type: ignore[arg-type]
+    n, prompt = 1500, PROMPT[:5]
+    params = SamplingParams(temperature=1.0, top_k=6, max_tokens=2, ignore_eos=True)
+    done = llm.generate_all([prompt] * n, params)
+    assert sum(c.stats.n_accepted for c in done) > 10
+    first = Counter(c.tokens[0] for c in done)
+    token, n_first = first.most_common(1)[0]
+    llm.runner.logits_log = {}
+    llm.set_draft_n_max(0)
+    llm.generate([*prompt, token], SamplingParams(max_tokens=1))
+    (rows,) = llm.runner.logits_log.values()
+    p_V = distribution(rows[0][None], params)[0].double()
+    ids = p_V.nonzero()[:, 0]
+    seen = Counter(c.tokens[1] for c in done if c.tokens[0] == token)
+    assert set(seen) <= set(ids.tolist())
+    observed = torch.tensor([seen[i] for i in ids.tolist()], dtype=torch.float64)
+    assert chi_square_p_value(observed, p_V[ids] * n_first) > 1e-4
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_q_without_mass_outside_a_part_is_lossless(k: int) -> None:
+    """By enumeration through the real rule: most of the target's mass may lie outside."""
+    vocab, params = 4, SamplingParams(1.0)
+    truth = table(logits_table(vocab, 1), params)
+    scores = logits_table(vocab, 2)
+
+    def part(context: tuple[int, ...]) -> Tensor:
+        logits_V = scores(context).clone()
+        logits_V[[1, 3]] = float("-inf")
+        return logits_V
+
+    decoder = Decoder(truth, sampled_drafts(table(part, params)))
+    got = block_distribution(decoder, truth, vocab, k)
+    want = continuation(truth, (), vocab, k + 1)
+    assert float((got - want).abs().max()) < 1e-12
+
+
+def test_ids_are_the_frequent_ones_then_the_lowest() -> None:
+    assert choose_ids(64, 1000, [999], [500, 500, 7, 600]) == [*range(61), 500, 600, 999]
+    assert choose_ids(65, 100, []) == [*range(100)]
