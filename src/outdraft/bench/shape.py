@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter
+from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter, synthetic_vocab
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
 from outdraft.bench.made_up import (
     FILL_ROWS,
@@ -44,6 +44,7 @@ from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.ops.packed import Format
 from outdraft.request import Request
 from outdraft.speculate.drafter import Drafter
+from outdraft.speculate.mtp import MtpDrafter
 from outdraft.text.stream import StopStrings
 
 MAX_ROWS = 8
@@ -61,6 +62,7 @@ class Settings:
     n_tokens: int = 16
     rounds: int = 5
     draft_steps: int = 4
+    draft_vocab: int | None = None
     device: torch.device = CPU
 
     @property
@@ -95,6 +97,7 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     rows, read_gb_s = rig.time_rows(settings.rounds)
     draft_s = rig.time_draft_step(settings.draft_steps, settings.rounds)
     pass_s = {int(row["rows"]): row["us"] / 1e6 for row in rows}
+    part_s = rig.time_part(shape, settings)
     drafting = forecast(acceptance, plain.seconds, pass_s, draft_s)
     best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
     bytes_per_token = rows[0]["bytes"]
@@ -119,6 +122,8 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
         "cost_by_rows": rows,
         "draft_step_us": draft_s * 1e6,
         "draft_step_cost": draft_s / plain.seconds,
+        "draft_vocab": settings.draft_vocab,
+        "draft_vocab_step_us": None if part_s is None else part_s * 1e6,
         "acceptance": list(acceptance),
         "drafting": drafting,
         "time_by_part_us": rig.time_parts(settings.rounds),
@@ -286,6 +291,16 @@ class Rig:
         self.memory.reserve(SEQUENCE, 1)
         behind = Rounds(self.drafter, self.memory, self.model, tokens, k)
         return median(clock(behind.next) for _ in range(rounds)) / k
+
+    def time_part(self, shape: Shape, settings: Settings) -> float | None:
+        """Seconds of a draft step over a part of the vocabulary, for a native head."""
+        if settings.draft_vocab is None or not isinstance(self.drafter, MtpDrafter):
+            return None
+        drafter = self.drafter
+        drafter.vocab = synthetic_vocab(shape, self.model, settings.draft_vocab)
+        drafter.forget_recordings()
+        drafter.close(SEQUENCE)
+        return self.time_draft_step(settings.draft_steps, settings.rounds)
 
     @torch.inference_mode()
     def time_parts(self, rounds: int) -> dict[str, float]:
