@@ -7,7 +7,7 @@ decided once. Not here: the losses (mtp.py), sizes (hybrid_presets.py).
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class PretrainSettings:
     minutes: float | None = None
     seed: int = 0
     data: tuple[str, ...] = ()
-    mtp: MtpOptions = MtpOptions()
+    mtp: MtpOptions = field(default_factory=MtpOptions)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
