@@ -77,6 +77,17 @@ def plot_tuning(path: Path, before: Sequence[float], after: Sequence[float]) -> 
     figure.savefig(path, format="png", dpi=120)
 
 
+def plot_losses(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
+    """Write a PNG of the losses of every stage, nats per token."""
+    figure = Figure(figsize=(4 * len(curves), 4), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for index, (axes, (name, losses)) in enumerate(zip(panels, curves.items(), strict=True)):
+        _curve(axes, losses, name, _COLOURS[index % len(_COLOURS)])
+        axes.set(title=name, xlabel="step", ylabel="nats per token", ylim=(0, None))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=120)
+
+
 def plot_pretraining(
     path: Path, losses: Sequence[float], heldout: Mapping[str, float], acceptance: Sequence[float]
 ) -> None:
