@@ -24,10 +24,10 @@ from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.cli.headers import HeadersOnly, quantisation_of
 from outdraft.config import EngineConfig
 from outdraft.errors import ModelError, OutdraftError
-from outdraft.models import gemma4_assistant, gemma4_config, mtp
+from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.heads import has_heads, head_family
 from outdraft.models.layers import TargetConfig
-from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import (
     CANDIDATES,
     DTYPES,
@@ -52,7 +52,7 @@ KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
 # First match wins: part of a tensor's name -> the group that its parameters are counted in.
 PARAMETER_GROUPS = (
     ("embed_tokens_per_layer", "per-layer embeddings"),
-    ("embed_tokens", "embedding"),
+    ("embed", "embedding"),
     ("lm_head", "head"),
     ("norm", "norms and scalars"),
     ("scal", "norms and scalars"),
@@ -331,7 +331,7 @@ def _read_text(found: Checkup) -> None:
 def _find_drafter(
     found: Checkup, config: TargetConfig, asked: str | None, cache: PackedCache | None
 ) -> None:
-    if isinstance(config, Qwen35Config) and asked is None:
+    if has_heads(config) and asked is None:
         _examine_head(found, config, cache)
         return
     if not isinstance(config, Gemma4Config):
@@ -360,7 +360,7 @@ def _find_drafter(
             drafter.note("pairing", error)
 
 
-def _examine_head(found: Checkup, config: Qwen35Config, cache: PackedCache | None) -> None:
+def _examine_head(found: Checkup, config: TargetConfig, cache: PackedCache | None) -> None:
     """The MTP head in a target's own checkpoint, if all of it is there."""
     try:
         missing = find_head(found.path, config)
@@ -374,9 +374,10 @@ def _examine_head(found: Checkup, config: Qwen35Config, cache: PackedCache | Non
     head = found.drafter = Checkup(found.path, "native head")
     raw, checkpoint = _read_config(head), _open_weights(head)
     head.n_draft_default = HEAD_DRAFTS
-    _count_memory(head, mtp.memory_layers(config))
-    tensors = mtp.expected_tensors(config)
-    _check_tensors(head, checkpoint, tensors, mtp.IGNORED, mtp.PREFIXES, raw)
+    family = head_family(config)
+    _count_memory(head, family.memory_layers(config))
+    tensors = family.expected_tensors(config)
+    _check_tensors(head, checkpoint, tensors, family.ignored, family.prefixes, raw)
     head.ignored, head.n_tensors = [], None  # those of the target
     if checkpoint is not None:
         build = partial(synthetic_head, config, n_positions=1)

@@ -17,10 +17,19 @@ from outdraft.cache.memory import LayerMemory
 from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.device import find_device, has_dependent_launch
 from outdraft.errors import ModelError
-from outdraft.models import gemma4, gemma4_config, ministral3, qwen3_5, qwen3_5_config
+from outdraft.models import (
+    gemma4,
+    gemma4_config,
+    ministral3,
+    nemotron_h,
+    nemotron_h_config,
+    qwen3_5,
+    qwen3_5_config,
+)
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.ministral3 import Ministral3Config
+from outdraft.models.nemotron_h_config import NemotronHConfig
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
@@ -99,10 +108,22 @@ QWEN35 = Family(
     cpu_only="the kernels of its recurrent layers are for CPUs",
 )
 
+NEMOTRON_H = Family(
+    read_config=NemotronHConfig.from_hf,
+    expected_tensors=nemotron_h.expected_tensors,
+    ignore_rules=nemotron_h.ignore_rules,
+    memory_layers=nemotron_h.memory_layers,
+    build=nemotron_h.NemotronH,
+    prefixes=nemotron_h.PREFIXES,
+    describe=nemotron_h_config.describe,
+    cpu_only="the kernels of its recurrent layers are for CPUs",
+)
+
 TARGETS: dict[str, Family] = {
     **dict.fromkeys(TARGET_TYPES, GEMMA4),
     **dict.fromkeys(ministral3.MODEL_TYPES, MINISTRAL3),
     **dict.fromkeys(qwen3_5_config.MODEL_TYPES, QWEN35),
+    **dict.fromkeys(nemotron_h_config.MODEL_TYPES, NEMOTRON_H),
 }
 
 
