@@ -18,7 +18,7 @@ from outdraft.config import EngineConfig
 from outdraft.errors import TrainingError
 from outdraft.models import gemma4, gemma4_assistant
 from outdraft.models.gemma4 import Gemma4
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.gemma4_config import TARGET_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.registry import (
     CANDIDATES,
     GEMMA4,
@@ -44,14 +44,33 @@ class AsServed(BatchedOps):
     def pack(self, weight: Any, role: Role = "linear") -> Tensor:
         """See `Ops.pack`: fp32 of the weight's shape."""
         if weight.ndim != 2:
-            raise TrainingError(
-                "a target with experts cannot be tuned for yet", "tune for a dense target"
-            )
+            raise _experts()
         packed = self.kernels.pack(weight, role)
         n_inputs = weight.shape[1]
         rows = torch.arange(weight.shape[0], dtype=torch.int32)
         values = self.kernels.embed(packed, rows, 1.0).reshape(-1, n_inputs)
         return values.clone()
+
+
+def check_target(path: Path) -> None:
+    """Refuse targets that nothing here can be tuned for, before anything is computed.
+
+    Raises:
+        ModelError: its config cannot be read.
+        TrainingError: it is no Gemma 4, or has experts.
+    """
+    raw = read_config(path)
+    if raw.get("model_type") not in TARGET_TYPES:
+        raise TrainingError(
+            f"{path} is a {raw.get('model_type')!r:.40}, and assistants are for Gemma 4",
+            "give a Gemma 4 target",
+        )
+    if Gemma4Config.from_hf(raw).moe is not None:
+        raise _experts()
+
+
+def _experts() -> TrainingError:
+    return TrainingError("a target with experts cannot be tuned for yet", "give a dense target")
 
 
 def served_target(path: Path, engine: EngineConfig) -> Gemma4:
