@@ -7,7 +7,7 @@ order and the decisions. Not here: the objective (tuning.py), the comparison (ga
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,27 @@ from outdraft.engine.engine import LLM
 from outdraft.errors import PairingError, TrainingError
 from outdraft.request import SamplingParams
 from outdraft.speculate.stats import DraftStats
+from outdraft.train import native_tune
 from outdraft.train.checkpoint import CheckpointStore, fingerprint, replace_json
 from outdraft.train.export import export_like
 from outdraft.train.first import write_first
-from outdraft.train.gate import Measured, difference, is_better, tokens_per_pass
+from outdraft.train.gate import difference, in_words, is_better, summed, tokens_per_pass
 from outdraft.train.optimiser import OptimiserConfig
 from outdraft.train.plot import plot_tuning
 from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.rollouts import TEMPERATURES
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
 from outdraft.train.served import assistant_leaves, check_target, served_target
-from outdraft.train.trainer import Phase, Progress, Report, StopFlag, run_phase, seconds_per_step
+from outdraft.train.stitch import make_whole
+from outdraft.train.trainer import (
+    Objective,
+    Phase,
+    Progress,
+    Report,
+    StopFlag,
+    run_phase,
+    seconds_per_step,
+)
 from outdraft.train.tune_settings import LEAST_HELDOUT, TuneSettings, data_digest
 from outdraft.train.tuning import Texts, Tuning
 from outdraft.train.tuning_data import (
@@ -85,6 +95,7 @@ class Tune:
             raise TrainingError(f"{out} exists already", "choose another --out")
         self.target = resolve_model(settings.target)
         check_target(self.target)
+        self.native = native_tune.has_own_head(self.target)
         self.stock = self._find_stock()
         if fresh:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -110,6 +121,8 @@ class Tune:
 
     def _find_stock(self) -> Path:
         """The drafter to start from; a new one will be in the directory of work."""
+        if self.native:
+            return native_tune.find_own_head(self.target, self.settings.assistant)
         if self.settings.new:
             return self.work / FIRST_NAME
         choice = find_assistant(self.target, self.settings.assistant)
@@ -127,6 +140,8 @@ class Tune:
         )
         if assistant is None:
             config = replace(config, spec_type="off", max_sequences=_CHUNK)
+        elif self.native:
+            return native_tune.head_engine(assistant, config, n or DRAFT_DEFAULT)
         else:
             config = replace(config, assistant=str(assistant), draft_n=n or DRAFT_DEFAULT)
         return LLM(str(self.target), config)
@@ -220,6 +235,13 @@ class Tune:
         engine = EngineConfig(
             adapter=self.settings.adapter, quant=self.settings.quant, device="cpu"
         )
+        dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
+        if self.native:
+            return self._run(
+                native_tune.head_objective(
+                    self.target, engine, texts, BATCH, n_draft, self.settings, dtype
+                )
+            )
         target = served_target(self.target, engine)
         if self.settings.new and not self.stock.exists():
             write_first(self.stock, target, self.target, passages, n_draft)
@@ -234,7 +256,6 @@ class Tune:
             for name, weight in weights.items():
                 weight.requires_grad_(not name.endswith(_FROZEN))
             weights |= {k: v for k, v in stock.items() if not v.is_floating_point()}
-            dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
             return Tuning(
                 target,
                 config,
@@ -248,6 +269,10 @@ class Tune:
                 lead=(lead, n_lead),
             )
 
+        return self._run(objective)
+
+    def _run(self, objective: Callable[[], Objective]) -> Phase:
+        """Train what `objective` makes for as many steps as were asked for, or as fit."""
         if "steps" not in self.decided:
             steps = self.settings.steps
             if steps is None:
@@ -274,7 +299,9 @@ class Tune:
     def export(self, phase: Phase, step: int) -> Path:
         """A candidate as a directory that the engine loads."""
         path = self.work / f"step-{step:08d}"
-        if not path.exists():
+        if not path.exists() and self.native:
+            native_tune.export_head(path, self.target, phase.store.load(step))
+        elif not path.exists():
             _, stock = assistant_leaves(self.stock)
             stored = phase.store.load(step)
             export_like(path, self.stock, {k: stored.get(k, v) for k, v in stock.items()})
@@ -323,7 +350,7 @@ def _stages(run: Tune) -> dict[str, Any]:
     run.report(Progress("measuring", 1, 1))
     if stock.tokens_per_pass - 1 >= ENOUGH * n_draft and not settings.force:
         raise NothingGained(
-            f"nothing to gain: {_text(stock)} tokens per pass of at most {n_draft + 1}"
+            f"nothing to gain: {in_words(stock)} tokens per pass of at most {n_draft + 1}"
         )
     passages = run.passages(llm, prompts) if settings.new else []
     run.write(llm, prompts.train)
@@ -344,8 +371,8 @@ def _stages(run: Tune) -> dict[str, Any]:
     tuned, change = tokens_per_pass(after), difference(after, before)
     if not is_better(change):
         raise NothingGained(
-            f"the new drafter is not better outside the noise: {_text(tuned)} tokens per pass, "
-            f"{_text(stock)} before, a difference of {_text(change)}"
+            f"the new drafter is not better outside the noise: {in_words(tuned)} tokens per pass, "
+            f"{in_words(stock)} before, a difference of {in_words(change)}"
         )
     report = {
         "settings": run.decided["settings"],
@@ -355,11 +382,12 @@ def _stages(run: Tune) -> dict[str, Any]:
         "steps": run.decided["steps"],
         "candidates": {str(step): score for step, score in scores.items()},
         "draft_length": n_draft,
-        "before": asdict(stock) | {"by_position": _sum(before).acceptance_by_position},
-        "after": asdict(tuned) | {"by_position": _sum(after).acceptance_by_position},
+        "before": asdict(stock) | {"by_position": summed(before).acceptance_by_position},
+        "after": asdict(tuned) | {"by_position": summed(after).acceptance_by_position},
         "change": asdict(change),
         "seconds": time.monotonic() - run.start,
     }
+    make_whole(best)
     plot_tuning(
         best / PLOT_NAME,
         report["before"]["by_position"],  # type: ignore[index]
@@ -368,14 +396,3 @@ def _stages(run: Tune) -> dict[str, Any]:
     replace_json(best / REPORT_NAME, report)
     best.rename(run.out)
     return report
-
-
-def _text(measured: Measured) -> str:
-    return f"{measured.tokens_per_pass:.2f} ± {measured.standard_error:.2f}"
-
-
-def _sum(parts: Sequence[DraftStats]) -> DraftStats:
-    total = DraftStats()
-    for part in parts:
-        total.merge(part)
-    return total
