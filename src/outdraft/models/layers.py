@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import ModelError
-from outdraft.ops.base import DeltaNet, Heads, Ops, StateSpace
+from outdraft.ops.base import Heads, Ops
+from outdraft.ops.recurrent_base import DeltaNet, StateSpace
 
 
 class Attend(Protocol):
