@@ -42,12 +42,14 @@ class TimedProgram(Program):
         """An empty program."""
         super().__init__(arena)
         self.seconds = 0.0
+        self.n_replays = 0
 
     def replay(self) -> None:
         """Run all recorded calls."""
         start = time.perf_counter()
         super().replay()
         self.seconds += time.perf_counter() - start
+        self.n_replays += 1
 
 
 @dataclass(slots=True)

@@ -37,8 +37,10 @@ from outdraft.ops.packed import Format
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.ops.stored import pack_stored
 from outdraft.ops.threads import set_threads
+from outdraft.weights.adapter import Adapter, open_adapter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
+from outdraft.weights.find import resolve_model
 from outdraft.weights.int4 import int4_scheme
 from outdraft.weights.load import ExpectedTensor, IgnoreRule, LoadReport, Weights, open_tensors
 from outdraft.weights.loading import Loading
@@ -137,6 +139,7 @@ class Target:
     dtype: torch.dtype
     ops: Ops
     ctx_size: int
+    adapter: Adapter | None = None
 
 
 def family_of(config: Mapping[str, Any], path: Path) -> Family:
@@ -272,12 +275,28 @@ def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None
         prefixes=family.prefixes,
         dtype=torch_dtype,
     )
+    adapter = find_adapter(engine, family, config)
+    if adapter is not None:
+        weights.changed = adapter.merged
     ops = choose_ops(engine, config, stored_bits=bits, weights=weights.matrices())
     set_threads(engine.threads, compiled=isinstance(ops, CpuOps))
     n_positions = min(config.max_position_embeddings, engine.ctx_size or DEFAULT_CTX_SIZE)
-    with packing(ops, weights, raw, engine, loading):
+    key = None if adapter is None else adapter.key
+    with packing(ops, weights, raw, engine, loading, adapter=key):
         model = family.build(config, weights, ops, n_positions)
-    return Target(path, family, config, model, report, torch_dtype, ops, n_positions)
+    return Target(path, family, config, model, report, torch_dtype, ops, n_positions, adapter)
+
+
+def find_adapter(engine: EngineConfig, family: Family, config: TargetConfig) -> Adapter | None:
+    """The adapter that was asked for, checked against the model.
+
+    Raises:
+        ModelError: it is not on this machine, not supported, or for another model.
+    """
+    if engine.adapter is None:
+        return None
+    expected, ignore = family.expected_tensors(config), family.ignore_rules(config)
+    return open_adapter(resolve_model(engine.adapter), expected, ignore, family.prefixes)
 
 
 @contextmanager
@@ -287,11 +306,14 @@ def packing(
     raw: Mapping[str, Any],
     engine: EngineConfig,
     loading: Loading | None = None,
+    *,
+    adapter: str | None = None,
 ) -> Iterator[None]:
     """While it lasts, `ops` packs these weights, from the cache or into it if there is one.
 
     Args:
         raw: the model's config.json.
+        adapter: digest of what is added to the weights.
     """
     weights.stored, weights.device = not isinstance(ops, ReferenceOps), ops.device
     loading = loading or Loading()
@@ -303,7 +325,9 @@ def packing(
         return
     file, cache = None, packed_cache(engine)
     if cache is not None:
-        key = packing_key(weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype)
+        key = packing_key(
+            weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype, adapter
+        )
         file = CacheFile(cache, key, estimated_bytes(weights.n_params, ops.format))
     try:
         with packer(weights.checkpoint, weights.n_bytes, file, loading) as ops.packer:

@@ -10,8 +10,9 @@ Shapes: T rows (tokens), K inputs, N outputs, H query heads, G key/value heads, 
 P pages, S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -275,4 +276,68 @@ class Ops(RecurrentOps, Protocol):
 
     def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
         """`argmax` of each row, and what softmax over its fp32 logits gives it: int32, fp32 [T]."""
+        ...
+
+
+@runtime_checkable
+class Fuses(Protocol):
+    """Operations that do in one call what else takes several: on a GPU every call costs time.
+
+    What comes out may be rounded in other places than by the single calls; it is as row-invariant.
+    """
+
+    def gated_linear(
+        self,
+        x_TK: Tensor,
+        weight: Weight,
+        up_TN: Tensor | None = None,
+        activation: Activation = "gelu_tanh",
+    ) -> Tensor:
+        """`gated` of a `linear` by `up_TN`, or by the second half of its outputs; [T, N]."""
+        ...
+
+    def turn_and_write(
+        self, q: Heads, k: Heads, v: Heads, pages: KvPages, slots: PageSlots
+    ) -> Tensor:
+        """`norm_rope` of queries, `write_heads` of keys and values; the queries [T, H, D].
+
+        Keys and queries are rotated at the same positions, values are not rotated.
+        """
+        ...
+
+    def add_norms(
+        self,
+        x_TK: Tensor,
+        residual_TK: Tensor,
+        weight_K: Tensor,
+        eps: float,
+        next_weights: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`add_norm` with three weights for the norm behind it."""
+        ...
+
+    def add_mixture(
+        self,
+        x_TK: Tensor,
+        experts: tuple[Weight, Weight],
+        routed: tuple[Tensor, Tensor],
+        dense_TK: Tensor,
+        residual_TK: Tensor,
+        weights: Sequence[Tensor],
+        eps: float,
+        *,
+        scale: float = 1.0,
+        next_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_norm` of rms_norm(experts(x)) + rms_norm(dense).
+
+        Args:
+            experts: gate and up, down, as for `experts`.
+            routed: what `route` gave.
+            weights: of the norm of the experts, of the dense part, and of their sum.
+        """
+        ...
+
+    def best_or_none(self, logits_TV: Tensor) -> Tensor:
+        """`argmax`, and -1 where that logit is not finite."""
         ...

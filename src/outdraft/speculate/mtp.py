@@ -5,10 +5,16 @@ computed before a round from the states that the engine hands over (`read`); the
 from the last of them, each further one from the head's own result, and those rows are taken back
 before the next round, since their states were not the target's.
 
+Behind a hit in the target's prefix cache the head begins with pages of its own cache. Its row t
+depends on token t + 1 as well, so there a page goes by the tokens one further on. Where the head
+has not read as far as the target has, it begins at the hit and sees nothing before it: its drafts
+may then be worse, never what is emitted.
+
 Shapes: B sequences, T rows, K hidden size, V vocabulary.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +70,7 @@ class _Own:
 
     n_true: int = 0
     first: int = 0
+    begins: int = 0  # rows before this were skipped
     waiting: list[Tensor] = field(default_factory=list)
 
     @property
@@ -93,6 +100,15 @@ class MtpDrafter:
         """A sequence begins."""
         self.memory.open(sequence)
         self._own[sequence] = _Own()
+
+    def begin(self, sequence: str, tokens: Sequence[int], salt: str, n_cached: int) -> None:
+        """See `ReadsStates`."""
+        self.close(sequence)
+        n = self.memory.open(sequence, tokens[1:], f"{tokens[0]} {salt}", n_cached)
+        self._own[sequence] = _Own(n_true=n)
+        if n < n_cached:
+            self.memory.books.skip(sequence, n_cached)
+            self._own[sequence] = _Own(n_true=n_cached, begins=n_cached)
 
     def close(self, sequence: str) -> None:
         """Its memory is free again."""
@@ -158,14 +174,25 @@ class MtpDrafter:
             own.first += n
             own.n_true += n
         token_T = torch.tensor(tokens, dtype=torch.int32)
-        return self._run(token_T, torch.cat(states), spans, view)[torch.tensor(last)]
+        done_TK = self._run(token_T, torch.cat(states), spans, view)
+        for s in sequences:
+            self._share(s)
+        return done_TK[torch.tensor(last)]
+
+    def _share(self, sequence: SequenceView) -> None:
+        """Keep full pages for later sequences; all rows in memory are of true states."""
+        books, own = self.memory.books, self._own[sequence.id]
+        n_full = own.n_true // books.page_slots
+        if own.begins == 0 and n_full > len(books.chains[sequence.id]):
+            self.memory.share(sequence.id, sequence.tokens[1:])
 
     def _run(
         self, token_T: Tensor, hidden_TK: Tensor, spans: list[Span], view: TargetView
     ) -> Tensor:
         for span in spans:
             self.memory.reserve(span.sequence, span.n_rows)
-        numbers = causal_numbers(self.memory, spans, token_T.tolist())
+        begins = {span.sequence: self._own[span.sequence].begins for span in spans}
+        numbers = causal_numbers(self.memory, spans, token_T.tolist(), begins)
         if self.recorder is not None and len(token_T) <= MAX_RECORDED_ROWS:
             done_TK = self._replayed(self.recorder, numbers, hidden_TK, view)
         else:
@@ -306,5 +333,6 @@ def load_head(
         max_rows=CATCH_UP + n_draft_max,
         dtype=ops.kv_dtype,
         pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
+        prefix_cache=config.prefix_cache,
     )
     return MtpDrafter(head, target.model, memory, sample_drafts=config.sample_drafts)
