@@ -167,7 +167,7 @@ class Attention:
         n_q, n_kv = config.n_heads, config.n_kv_heads
         heads = self.ops.linear(normed, self.qkv).view(n_rows, -1, config.head_dim)
         scale = Rotary(self.cos, self.sin, torch.zeros_like(position_T))
-        q = self.ops.norm_rope(heads[:, :n_q], None, scale, None)
+        q = Heads(heads[:, :n_q], None, scale, None)
         k = Heads(heads[:, n_q : n_q + n_kv], None, None, None)
         v = Heads(heads[:, n_q + n_kv :], None, None, None)
         return self.ops.linear(attend(self.slot, q, k, v).reshape(n_rows, -1), self.out)

@@ -71,9 +71,9 @@ def chunked_delta_rule(
     new, old = solved.split((v.shape[-1], k_dim), dim=-1)
     scores = ratio * (q @ k.transpose(-1, -2))
     carried = (k * (decayed_MNL[..., -1:] - decayed_MNL).exp()[..., None]).transpose(-1, -2)
-    return _over_chunks(q * kept, scores, new, old, carried, kept[:, :, -1:]).view(
-        n_sequences, n_heads, -1, v.shape[-1]
-    )[:, :, :length] * (k_dim**-0.5)
+    out = _over_chunks(q * kept, scores, new, old, carried, kept[:, :, -1:])
+    out_BHSV = out.view(n_sequences, n_heads, -1, v.shape[-1])[:, :, :length]
+    return out_BHSV.mul(k_dim**-0.5)
 
 
 def _over_chunks(

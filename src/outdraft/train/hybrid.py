@@ -34,15 +34,16 @@ class SequenceLayers:
     n_sequences: int
     delta: DeltaShape
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Queries are scaled already."""
         assert k is not None and v is not None
-        q, keys, values = (
+        q_THD = q.value(_OPS)
+        q_BHSD, keys, values = (
             split_sequences(x, self.n_sequences) for x in (q_THD, k.value(_OPS), v.value(_OPS))
         )
-        group = q.shape[1] // keys.shape[1]
+        group = q_BHSD.shape[1] // keys.shape[1]
         out_BHSD = F.scaled_dot_product_attention(
-            q,
+            q_BHSD,
             keys.repeat_interleave(group, dim=1),
             values.repeat_interleave(group, dim=1),
             is_causal=True,
@@ -61,7 +62,8 @@ class SequenceLayers:
         x_BSC = x_TC.to(wide).view(self.n_sequences, -1, shape.channels)
         mixed_TC = causal_conv(x_BSC, net.conv_WC).reshape(n_rows, -1)
         keys = shape.n_k_heads * shape.k_dim
-        q, k, v = mixed_TC.split((keys, keys, shape.n_v_heads * shape.v_dim), dim=1)
+        sizes = [keys, keys, shape.n_v_heads * shape.v_dim]
+        q, k, v = torch.split(mixed_TC, sizes, dim=1)
         group = shape.n_v_heads // shape.n_k_heads
         q_BHSK, k_BHSK = (
             split_sequences(unit(x.view(n_rows, -1, shape.k_dim)), self.n_sequences)
