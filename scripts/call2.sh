@@ -1,6 +1,6 @@
 set -u
 export PYTHONPATH=src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-mkdir -p /tmp/site; python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site whl/llguidance*.whl 2>&1 | tail -1; export PYTHONPATH=src:/tmp/site
+[ -d src/outdraft/models_data ] || cp -r ../src/outdraft/models_data src/outdraft/; ls src/outdraft/models_data; mkdir -p /tmp/site; python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site whl/llguidance*.whl 2>&1 | tail -1; export PYTHONPATH=src:/tmp/site
 D=/tmp/o; mkdir -p $D
 date +%s
 (timeout 200 python3 -m pytest tests/ops/cuda -q --noconftest -p no:cacheprovider -o addopts= > $D/tests.log 2>&1) &
