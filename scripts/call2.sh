@@ -13,9 +13,9 @@ date +%s
 for s in gemma-4-31b:bf16 gemma-4-e4b:bf16 gemma-4-26b-a4b:bf16 gemma-4-31b:w4 gemma-4-31b:w8; do
  timeout 120 python3 -m outdraft bench shape ${s%:*} --quant ${s#*:} --device cuda --accept .85,.75,.65 --tokens 32 --json $D/shape-${s/:/-}.json > $D/shape-$s.log 2>&1; tail -3 $D/shape-$s.log; done
 date +%s
+timeout 60 python3 scripts/exp2.py gemma-4-e4b:bf16 2>&1 | grep "mean\|parts" | head -6
 timeout 100 python3 -m outdraft bench demo --device cuda --quant bf16 --prompts 2 --repeat 1 --max-tokens 64 --json $D/bench-demo.json > $D/bench-demo.log 2>&1; tail -25 $D/bench-demo.log
-timeout 60 python3 scripts/gpu_profile.py gemma-4-e4b:bf16 > $D/profile.log 2>&1; tail -60 $D/profile.log
 date +%s
-tail -3 $D/tests.log $D/tests2.log; tail -14 $D/verify.log
-python3 scripts/gpu_table.py $D
-cp $D/shape-*.json $OUT/; (cd $D; tar czf $OUT/logs.tgz *.log bench-demo.json)
+for f in $D/tests.log $D/tests2.log; do tail -n 3 $f; done; tail -14 $D/verify.log
+python3 scripts/gpu_table.py $D | tee $D/table.md
+(cd $D; tar czf $OUT/all.tgz *.log *.json table.md)

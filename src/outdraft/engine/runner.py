@@ -203,8 +203,8 @@ class Runner:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
         if self.drafter is not None and self.drafter.needs.final_hidden and newest:
-            kept_BH = done.hidden_TH[list(newest.values())]
-            self.hidden.update(zip(newest, kept_BH.unbind(), strict=True))
+            for sequence_id, row in newest.items():  # an index of all would wait for the device
+                self.hidden[sequence_id] = done.hidden_TH[row].clone()
         return events
 
     def _finish(
