@@ -26,6 +26,7 @@ from outdraft.ops.base import (
     Ops,
     PageSlots,
     StateRows,
+    StateSpace,
 )
 
 
@@ -63,6 +64,16 @@ class CausalAttend:
             qkv_TC, a_TH[:n], b_TH[:n], net.gates, store.state_SHKV, self.states, net.n_k_heads
         )
         return pad_back(out_THV, x_TC.shape[0])
+
+    def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
+        """See `Attend`. Rows beyond the spans (padding) are zeros."""
+        assert self.states is not None and self.memory.recurrent is not None
+        store, n = self.memory.recurrent.layers[layer], self.states.sequence_T.shape[0]
+        x_nC = self.ops.short_conv(
+            x_TC[:n], space.conv_WC, store.inputs_SWC, self.states, space.conv_bias_C
+        )
+        out_THP = self.ops.scan(x_nC, dt_TH[:n], space, store.state_SHKV, self.states)
+        return pad_back(out_THP, x_TC.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +114,16 @@ class CausalCall:
         return cls.of(memory, ops, causal_numbers(memory, spans, tokens))
 
 
-def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
+def causal_numbers(
+    memory: Memory,
+    spans: Sequence[Span],
+    tokens: Sequence[int],
+    first: Mapping[str, int] | None = None,
+) -> Tensor:
     """All numbers of a call, int32, of which `CausalCall` is made; `memory.reserve` comes first.
 
-    A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence.
+    A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence, from `first`
+    of the sequence on where that is given.
     """
     own = memory.tables.slots([span.sequence for span in spans])
     n_own = 4 if memory.recurrent is None else 6
@@ -114,9 +131,9 @@ def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int])
     token_T, position_T, sequence_T, slot_T = rows[:4]
     if memory.recurrent is not None:
         at = 0
-        for slot, span in zip(own, spans, strict=True):
+        for span in spans:
             length, end = memory.lengths[span.sequence], at + span.n_rows
-            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, slot, length, span.n_rows)
+            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, length, span.n_rows)
             at = end
     token_T[:] = tokens
     position_T[:] = [p for span in spans for p in memory.positions(span)]
@@ -125,7 +142,12 @@ def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int])
     page_T = position_T // PAGE_SLOTS
     for i, (name, group) in enumerate(memory.groups.items()):
         rows[n_own + 2 * i] = memory.tables.pages(name, sequence_T, page_T)
-        rows[n_own + 1 + 2 * i] = first_visible(position_T, group.window)
+        lo_T = rows[n_own + 1 + 2 * i]
+        lo_T[:] = first_visible(position_T, group.window)
+        for span in spans if first else ():
+            assert first is not None
+            own_T = lo_T[span.start : span.start + span.n_rows]
+            np.maximum(own_T, first.get(span.sequence, 0), out=own_T)
     return memory.tables.behind(rows)
 
 

@@ -71,6 +71,7 @@ def serve(
     kv_cache_tokens: KvTokens = None,
     prefix_cache: PrefixCache = True,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,

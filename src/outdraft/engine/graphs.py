@@ -21,7 +21,8 @@ from outdraft.ops.base import Fuses
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
-MAX_RECORDED_ROWS = 64
+MAX_RECORDED_ROWS = 96
+MAX_RECORDINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class TargetPass:
         if key not in self.recordings:
             call = CausalCall.of(self.memory, self.ops, numbers)
             self.recordings[key] = self._record(recorder, call)
-            if len(self.recordings) > MAX_RECORDED_ROWS:
+            if len(self.recordings) > MAX_RECORDINGS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
         return self.recordings[key]

@@ -66,6 +66,7 @@ class Runner:
     def __init__(self, target: Target, drafter: Drafter | None, memory: Memory) -> None:
         self.target = target
         self.drafter = drafter
+        self._reader = drafter if isinstance(drafter, ReadsStates) else None
         self.memory = memory
         self.target_pass = TargetPass(target, memory)
         self.lengths: AutoLengths | None = None
@@ -87,6 +88,9 @@ class Runner:
         self.counters.begin(sequence)
         if self.drafter is not None:
             self._drafter_call(self.drafter.open, sequence.id)
+        if isinstance(self.drafter, ReadsStates):
+            salt = sequence.request.cache_salt
+            self._drafter_call(self.drafter.begin, sequence.id, sequence.tokens, salt, n_cached)
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence."""
@@ -196,9 +200,9 @@ class Runner:
             try:
                 n_kept = self._finish(sequence, w, own, proposal, events)
                 newest[sequence.id] = own.start + n_kept - 1
-                if isinstance(self.drafter, ReadsStates):
+                if self._reader is not None:
                     first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[own.start :]
-                    self._drafter_call(self.drafter.read, sequence.id, first, rows_TH[:n_kept])
+                    self._drafter_call(self._reader.read, sequence.id, first, rows_TH[:n_kept])
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import ModelError
-from outdraft.ops.base import Activation, DeltaNet, Fuses, Heads, Ops, Weight
+from outdraft.ops.base import Activation, DeltaNet, Fuses, Heads, Ops, StateSpace, Weight
 
 
 class Attend(Protocol):
@@ -31,6 +31,10 @@ class Recurs(Protocol):
 
     def recur(self, layer: int, x_TC: Tensor, a_TH: Tensor, b_TH: Tensor, net: DeltaNet) -> Tensor:
         """Convolution and gated delta rule from the layer's states on, fp32 [T, H, V]."""
+        ...
+
+    def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
+        """Convolution and Mamba 2 recurrence from the layer's states on, fp32 [T, H, P]."""
         ...
 
 

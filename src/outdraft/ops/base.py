@@ -21,7 +21,7 @@ PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
-Activation = Literal["gelu_tanh", "silu", "sigmoid"]
+Activation = Literal["gelu_tanh", "silu", "sigmoid", "relu"]
 
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
@@ -131,6 +131,40 @@ class DeltaNet:
     n_k_heads: int
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """Weights of a Mamba 2 layer's recurrence; all fp32.
+
+    Convolution [W, C] and its bias [C] or None; `decay_H` is -exp(A_log); time steps are kept
+    within `limits`. The C channels are H heads of P inputs, then `n_groups` of N numbers that lead
+    into the state, then as many that lead out of it.
+    """
+
+    conv_WC: Tensor
+    conv_bias_C: Tensor | None
+    decay_H: Tensor
+    bias_H: Tensor
+    skip_H: Tensor
+    n_groups: int
+    limits: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SigmoidRouter:
+    """How experts are chosen by sigmoids; see `Ops.route_sigmoid`.
+
+    `bias_E` is fp32 and only helps to choose. With `n_groups` > 1 experts are taken from the
+    `top_groups` groups with the largest sum of their two best.
+    """
+
+    bias_E: Tensor
+    top_k: int
+    n_groups: int
+    top_groups: int
+    normalise: bool
+    scale: float
+
+
 class Ops(Protocol):
     """See the module docstring. Activations are fp32, bf16 or fp16."""
 
@@ -214,7 +248,7 @@ class Ops(Protocol):
         ...
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
-        """activation(gate) * up."""
+        """activation(gate) * up. relu(x)^2 is `gated(x, x, "relu")`."""
         ...
 
     def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
@@ -235,6 +269,14 @@ class Ops(Protocol):
         """
         ...
 
+    def route_sigmoid(self, scores_TE: Tensor, router: SigmoidRouter) -> tuple[Tensor, Tensor]:
+        """The best experts of each row by sigmoid(score) + bias, and their weights.
+
+        Weights are sigmoid(score), made to sum to one if the router says so, times its scale. Of
+        equals the lowest id is taken: int32 and fp32 [T, A], the best first.
+        """
+        ...
+
     def experts(
         self,
         x_TK: Tensor,
@@ -244,7 +286,11 @@ class Ops(Protocol):
         weights_TA: Tensor,
         activation: Activation = "gelu_tanh",
     ) -> Tensor:
-        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K]."""
+        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K].
+
+        Where `gate_up` has no more outputs than `down` has inputs there are no gates: u = gate_up x
+        is gated by itself.
+        """
         ...
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
@@ -280,7 +326,12 @@ class Ops(Protocol):
         ...
 
     def short_conv(
-        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+        self,
+        x_TC: Tensor,
+        weight_WC: Tensor,
+        state_SWC: Tensor,
+        rows: StateRows,
+        bias_C: Tensor | None = None,
     ) -> Tensor:
         """silu of a causal convolution over rows, each channel by itself; fp32 [T, C].
 
@@ -289,6 +340,7 @@ class Ops(Protocol):
             weight_WC: fp32; the last row is for the newest input.
             state_SWC: fp32 [S, W - 1, C], the inputs before, oldest first.
             rows: where they are.
+            bias_C: fp32, added before silu.
         """
         ...
 
@@ -315,6 +367,24 @@ class Ops(Protocol):
 
     def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
         """RMS norm over each head times the fp32 weight times silu(gate); [T, H, V]."""
+        ...
+
+    def scan(
+        self, x_TC: Tensor, dt_TH: Tensor, space: StateSpace, state_SHNP: Tensor, rows: StateRows
+    ) -> Tensor:
+        """The recurrence of Mamba 2 (Dao, Gu 2024, arXiv:2405.21060), row by row; fp32 [T, H, P].
+
+        With d = softplus(dt + bias) within the limits, the state S [N, P] of a head becomes
+        exp(d decay) S + b (d x), and the output is c S + skip x.
+
+        Args:
+            x_TC: behind the convolution, channels as in `StateSpace`.
+            state_SHNP: fp32.
+        """
+        ...
+
+    def group_norm(self, x_TGV: Tensor, gate_TGV: Tensor, weight_GV: Tensor, eps: float) -> Tensor:
+        """RMS norm over each group of x silu(gate), times the fp32 weight; [T, G, V]."""
         ...
 
 
