@@ -11,15 +11,14 @@ import sys
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter
+from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter, synthetic_vocab
+from outdraft.bench.forecast import forecast
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
 from outdraft.bench.made_up import (
     FILL_ROWS,
@@ -45,6 +44,7 @@ from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.ops.packed import Format
 from outdraft.request import Request
 from outdraft.speculate.drafter import Drafter
+from outdraft.speculate.mtp import MtpDrafter
 from outdraft.text.stream import StopStrings
 
 MAX_ROWS = 8
@@ -63,6 +63,7 @@ class Settings:
     n_tokens: int = 16
     rounds: int = 5
     draft_steps: int = 4
+    draft_vocab: int | None = None
     device: torch.device = CPU
 
     @property
@@ -101,6 +102,7 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     if settings.device.type != "cpu":
         steps = {k: rig.time_drafting(k, settings.rounds) for k in range(1, len(acceptance) + 1)}
     drafting = forecast(acceptance, plain.seconds, pass_s, draft_s, steps)
+    part_s = rig.time_part(shape, settings)
     best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
     bytes_per_token = rows[0]["bytes"]
     return {
@@ -124,42 +126,12 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
         "cost_by_rows": rows,
         "draft_step_us": draft_s * 1e6,
         "draft_step_cost": draft_s / plain.seconds,
+        "draft_vocab": settings.draft_vocab,
+        "draft_vocab_step_us": None if part_s is None else part_s * 1e6,
         "acceptance": list(acceptance),
         "drafting": drafting,
         "time_by_part_us": rig.time_parts(settings.rounds),
     }
-
-
-def forecast(
-    acceptance: Seq[float], plain_s: float, pass_s: dict[int, float], draft_s: float,
-    steps: dict[int, float] | None = None,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Speed at every draft length, from measured costs and a given conditional acceptance.
-
-    A step of k drafts takes k draft steps, a pass of k + 1 rows and what the engine does beside
-    it, and gives one token and the drafts accepted with all before them: 1 + a1 + a1 a2 + ...
-
-    Args:
-        plain_s: a step of plain decoding; pass_s: number of rows -> a pass.
-        draft_s: a draft step.
-        steps: number of drafts -> a whole step of the engine, where it was measured as one.
-    """
-    found = []
-    rest_s = max(0.0, plain_s - pass_s[1])
-    for k, standing in enumerate(accumulate(accumulate(acceptance, mul)), start=1):
-        if k + 1 not in pass_s:
-            break
-        tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s + rest_s
-        seconds = (steps or {}).get(k, seconds)
-        found.append(
-            {
-                "k": k,
-                "tokens_per_pass": tokens,
-                "tok_s": tokens / seconds,
-                "speedup": tokens / seconds * plain_s,
-            }
-        )
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +283,16 @@ class Rig:
         self.memory.reserve(SEQUENCE, 1)
         behind = Rounds(self.drafter, self.memory, self.model, tokens, k)
         return median(clock(behind.next) for _ in range(rounds)) / k
+
+    def time_part(self, shape: Shape, settings: Settings) -> float | None:
+        """Seconds of a draft step over a part of the vocabulary, for a native head."""
+        if settings.draft_vocab is None or not isinstance(self.drafter, MtpDrafter):
+            return None
+        drafter = self.drafter
+        drafter.vocab = synthetic_vocab(shape, self.model, settings.draft_vocab)
+        drafter.forget_recordings()
+        drafter.close(SEQUENCE)
+        return self.time_draft_step(settings.draft_steps, settings.rounds)
 
     @torch.inference_mode()
     def time_parts(self, rounds: int) -> dict[str, float]:
