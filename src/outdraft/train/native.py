@@ -40,20 +40,20 @@ class Rounds:
         """See `Attend`. Queries are scaled already."""
         assert k is not None and v is not None
         q_THD = q.value(_OPS)
-        q_BHAD, keys, values = (
+        q_BHSD, keys, values = (
             split_sequences(x, self.n_texts) for x in (q_THD, k.value(_OPS), v.value(_OPS))
         )
-        group = q_BHAD.shape[1] // keys.shape[1]
+        group = q_BHSD.shape[1] // keys.shape[1]
         rows = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
         self.own.append(rows)
         true_keys, true_values = self.own[0]
-        n = q_BHAD.shape[2]
-        scores = (q_BHAD @ true_keys.transpose(-1, -2)).float()
+        n = q_BHSD.shape[2]
+        scores = (q_BHSD @ true_keys.transpose(-1, -2)).float()
         scores = scores.masked_fill(~visible_keys(n, n, None), -torch.inf)
         beside = [
-            (q_BHAD * own_keys).sum(dim=-1, keepdim=True).float() for own_keys, _ in self.own[1:]
+            (q_BHSD * own_keys).sum(dim=-1, keepdim=True).float() for own_keys, _ in self.own[1:]
         ]
-        shares = torch.cat((scores, *beside), dim=-1).softmax(dim=-1).to(q_BHAD.dtype)
+        shares = torch.cat((scores, *beside), dim=-1).softmax(dim=-1).to(q_BHSD.dtype)
         out_BHAD = shares[..., :n] @ true_values
         for i, (_, own_values) in enumerate(self.own[1:]):
             out_BHAD = out_BHAD + shares[..., n + i, None] * own_values
