@@ -188,6 +188,7 @@ def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path, shape: str) ->
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "recurrent state" in result.stdout and "k + 2 of them" in result.stdout
+    assert "kept for later prompts" in result.stdout
     assert "mtp: the head in the checkpoint" in result.stdout
     assert "drafting up to 3 tokens" in result.stdout
     raw = json.loads((path / "config.json").read_text())
@@ -209,3 +210,40 @@ def test_a_hybrid_that_lost_its_head(outdraft: Invoke, tmp_path: Path) -> None:
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "without drafting" in result.stdout and "no mtp.* tensor" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ministral3"])
+def test_a_smaller_model_of_the_same_vocabulary(
+    outdraft: Invoke, tmp_path: Path, family: str
+) -> None:
+    make = tiny.tiny_hybrid if family == "qwen3_5" else tiny.tiny_target
+    target, small = make(tmp_path / "m", family), make(tmp_path / "small", family)
+    result = outdraft("inspect", target, "--assistant", small)
+    assert result.exit_code == 0, result.output
+    assert "draft-model: named by you" in result.stdout and "up to 4 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ministral3"])
+def test_another_vocabulary_is_refused_by_its_first_difference(
+    outdraft: Invoke, tmp_path: Path, family: str
+) -> None:
+    make = tiny.tiny_hybrid if family == "qwen3_5" else tiny.tiny_target
+    target, small = make(tmp_path / "m", family), make(tmp_path / "small", family)
+    text = (small / "tokenizer.json").read_text()
+    (small / "tokenizer.json").write_text(text.replace("<unused9>", "<other9>"))
+    want = "the vocabularies differ: token 271 is '<unused9>' for the target and '<other9>'"
+    result = outdraft("inspect", target, "--assistant", small)
+    assert result.exit_code == 1 and want in " ".join(result.stdout.split())
+    result = outdraft("generate", target, "a", "--assistant", small, "--ctx-size", 128)
+    assert result.exit_code != 0 and want in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2  # the reason, and what to do
+
+
+def test_a_head_that_is_claimed_and_asked_for_is_refused(outdraft: Invoke, tmp_path: Path) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith("mtp.fc")}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    result = outdraft("generate", path, "a", "--spec-type", "mtp", "--ctx-size", 128)
+    assert result.exit_code != 0 and "missing, such as mtp.fc.weight" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2

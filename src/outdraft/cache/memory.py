@@ -89,8 +89,7 @@ class Memory:
             prefix_cache: keep verified pages for later sequences that begin alike, and states of
                 recurrent layers behind some of them.
             n_draft_max: most rows of a step that `rollback` takes back.
-            kept_states: how many states the prefix cache keeps at most; None for what
-                `plan_states` says.
+            kept_states: most states of the prefix cache; None for what `plan_states` says.
         """
         self.layers = kv_layers(layers)
         self.device = device or torch.device("cpu")
