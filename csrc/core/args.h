@@ -75,7 +75,7 @@ struct HeadNormArgs {
   int32_t dim;  // a multiple of 16, of 32 with rotation
 };
 
-enum class Activation : int32_t { gelu_tanh = 0, silu = 1, sigmoid = 2 };
+enum class Activation : int32_t { gelu_tanh = 0, silu = 1, sigmoid = 2, relu = 3 };
 
 struct GatedArgs {  // out = activation(gate) * up
   Matrix gate;
@@ -171,7 +171,7 @@ struct CombineArgs {  // out[t] = sum over a, in order, of weights[t][a] * x[t *
 struct ReadArgs {  // nothing but loads: what a memory-bound kernel could reach at most
   const uint8_t* data;
   int64_t bytes;
-  int32_t* sums;  // [workers], so that the loads are not optimised away
+  int32_t* sums;  // [worker.count], so that the loads are not optimised away
 };
 
 }  // namespace outdraft

@@ -11,6 +11,7 @@ def set_isa(name: str) -> None: ...
 def isa_report() -> str: ...
 def set_threads(n_threads: int) -> None: ...
 def threads() -> int: ...
+def disturb_threads(kind: int) -> None: ...
 
 class Program:
     def __init__(self) -> None: ...
@@ -176,6 +177,7 @@ def short_conv(
     x: Matrix,
     out: Matrix,
     weight: int,
+    bias: int,
     state: int,
     sequence: int,
     read: int,
@@ -212,4 +214,49 @@ def gated_norm(
     rows: int,
     n_heads: int,
     dim: int,
+) -> None: ...
+def scan(
+    program: Program | None,
+    x: Matrix,
+    dt: Matrix,
+    out: Matrix,
+    decay: int,
+    bias: int,
+    skip: int,
+    least_step: float,
+    most_step: float,
+    state: int,
+    sequence: int,
+    read: int,
+    write: int,
+    rows: int,
+    n_heads: int,
+    n_groups: int,
+    n_state: int,
+    dim: int,
+) -> None: ...
+def group_norm(
+    program: Program | None,
+    x: Matrix,
+    gate: Matrix,
+    out: Matrix,
+    weight: int,
+    eps: float,
+    rows: int,
+    n_groups: int,
+    dim: int,
+) -> None: ...
+def sigmoid_top(
+    program: Program | None,
+    x: Matrix,
+    bias: int,
+    ids: int,
+    weights: int,
+    scale: float,
+    normalise: bool,
+    count: int,
+    n_groups: int,
+    top_groups: int,
+    rows: int,
+    n: int,
 ) -> None: ...

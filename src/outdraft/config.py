@@ -37,12 +37,16 @@ class EngineConfig:
             `draft-model` is a smaller model of the same tokenizer, named by `assistant`; `mtp` is
             the head in the checkpoint.
         assistant: directory or name of the drafter; None looks beside and inside the target.
+        adapter: directory or name of a LoRA adapter (PEFT) that is added to the target's weights.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
             measured costs and acceptance.
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token. Requests with a seed take the most probable one where
             the length is chosen, so that measured times do not change their text.
+        draft_vocab: ids that a native head drafts; None: all. No other token is drafted, and what
+            is emitted does not change.
+        draft_vocab_text: a file whose most frequent tokens are among them; the lowest ids else.
         device: `cuda` is one GPU through Triton; `auto` takes a GPU that can be used, unless a
             backend or a dtype is asked for.
         backend: `cpu` is the compiled kernels, `reference` plain PyTorch; `auto` takes the kernels
@@ -59,6 +63,8 @@ class EngineConfig:
             four of the longest sequences, or for `max_sequences` if that is fewer. One sequence
             of `ctx_size` always fits.
         prefix_cache: keep keys and values for later prompts that begin alike.
+        kept_states: of recurrent layers, how many states the prefix cache keeps at most, each
+            behind a page of 64 tokens; None: as many bytes as keys and values take, at least 4.
         threads: CPU threads; None leaves PyTorch's choice.
         cache_dir: where the kernels' packed weights are kept for the next start; None: nowhere.
         cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.
@@ -71,9 +77,12 @@ class EngineConfig:
 
     spec_type: SpecType = "auto"
     assistant: str | None = None
+    adapter: str | None = None
     draft_n_max: int | None = None
     draft_n: int | None = None
     sample_drafts: bool = True
+    draft_vocab: int | None = None
+    draft_vocab_text: str | None = None
     device: Device = "auto"
     backend: Backend = "auto"
     dtype: DType = "auto"
@@ -85,6 +94,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
+    kept_states: int | None = None
     threads: int | None = None
     cache_dir: str | None = None
     cache_min_mb: int = 0
@@ -98,11 +108,13 @@ class EngineConfig:
         for name, low, high in (
             ("draft_n_max", 0, 64),
             ("draft_n", 0, 64),
+            ("draft_vocab", 1, 2**31),
             ("ctx_size", 1, 2**31),
             ("max_sequences", 1, 4096),
             ("max_queue", 0, 2**20),
             ("prefill_chunk", 1, 2**20),
             ("kv_cache_tokens", 1, 2**40),
+            ("kept_states", 0, 2**20),
             ("threads", 1, 4096),
             ("cache_min_mb", 0, 2**40),
             ("cache_max_gb", 0, 2**40),

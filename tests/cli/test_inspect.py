@@ -13,8 +13,8 @@ from outdraft.cli.checkup import examine
 from outdraft.cli.inspect import size
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
-from outdraft.models import mtp
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import head_family
+from outdraft.models.registry import family_of
 from outdraft.ops.packed import PackedLinear
 from tests import tiny
 from tests.cli.conftest import Invoke
@@ -182,20 +182,23 @@ def test_packed_sizes_and_files_are_those_of_the_engine(
     ).replace(" ", "")
 
 
-def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path) -> None:
-    path = tiny.tiny_hybrid(tmp_path / "m")
+@pytest.mark.parametrize("shape", ["qwen3_5", "nemotron_h_latent"])
+def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path, shape: str) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m", shape)
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "recurrent state" in result.stdout and "k + 2 of them" in result.stdout
+    assert "kept for later prompts" in result.stdout
     assert "mtp: the head in the checkpoint" in result.stdout
     assert "drafting up to 3 tokens" in result.stdout
-    config = Qwen35Config.from_hf(json.loads((path / "config.json").read_text()))
+    raw = json.loads((path / "config.json").read_text())
+    config = family_of(raw, path).read_config(raw)
     found = json.loads(outdraft("inspect", path, "--json").stdout)
     assert [group["reason"] for group in found["ignored"]] == [
         "the MTP head, which the drafter reads"
     ]
     head = found["drafter"]
-    tensors = mtp.expected_tensors(config).values()
+    tensors = head_family(config).expected_tensors(config).values()
     assert head["n_params"] == sum(torch.Size(t.shape).numel() for t in tensors)
 
 
@@ -207,3 +210,40 @@ def test_a_hybrid_that_lost_its_head(outdraft: Invoke, tmp_path: Path) -> None:
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "without drafting" in result.stdout and "no mtp.* tensor" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ministral3"])
+def test_a_smaller_model_of_the_same_vocabulary(
+    outdraft: Invoke, tmp_path: Path, family: str
+) -> None:
+    make = tiny.tiny_hybrid if family == "qwen3_5" else tiny.tiny_target
+    target, small = make(tmp_path / "m", family), make(tmp_path / "small", family)
+    result = outdraft("inspect", target, "--assistant", small)
+    assert result.exit_code == 0, result.output
+    assert "draft-model: named by you" in result.stdout and "up to 4 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ministral3"])
+def test_another_vocabulary_is_refused_by_its_first_difference(
+    outdraft: Invoke, tmp_path: Path, family: str
+) -> None:
+    make = tiny.tiny_hybrid if family == "qwen3_5" else tiny.tiny_target
+    target, small = make(tmp_path / "m", family), make(tmp_path / "small", family)
+    text = (small / "tokenizer.json").read_text()
+    (small / "tokenizer.json").write_text(text.replace("<unused9>", "<other9>"))
+    want = "the vocabularies differ: token 271 is '<unused9>' for the target and '<other9>'"
+    result = outdraft("inspect", target, "--assistant", small)
+    assert result.exit_code == 1 and want in " ".join(result.stdout.split())
+    result = outdraft("generate", target, "a", "--assistant", small, "--ctx-size", 128)
+    assert result.exit_code != 0 and want in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2  # the reason, and what to do
+
+
+def test_a_head_that_is_claimed_and_asked_for_is_refused(outdraft: Invoke, tmp_path: Path) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith("mtp.fc")}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    result = outdraft("generate", path, "a", "--spec-type", "mtp", "--ctx-size", 128)
+    assert result.exit_code != 0 and "missing, such as mtp.fc.weight" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2

@@ -12,6 +12,7 @@ import pytest
 
 from outdraft.cache.books import GroupBooks, PageBooks
 from outdraft.cache.pages import PagePool
+from outdraft.cache.states import StateBooks
 from outdraft.engine import scheduler
 from outdraft.engine.plan import Work
 from outdraft.engine.scheduler import Scheduler, most_cached
@@ -65,6 +66,7 @@ class World:
     windows: dict[str, int | None]
     prefix_cache: bool = True
     chunk: int = CHUNK
+    recurrent: bool = False
     n_added: int = 0
     waited: int = 0
     n_cached: int = 0
@@ -84,7 +86,12 @@ class World:
                 n_pages = -(-(window + CHUNK + SLOTS) // SLOTS) + 1
                 n_pool = self.random.choice([n_pages + 5, n_shared])
             groups[name] = GroupBooks(window, n_pages, PagePool(max(n_pages, n_pool)))
-        self.books = PageBooks(groups, SLOTS, prefix_cache=self.prefix_cache)
+        self.states: StateBooks | None = None
+        if self.recurrent:
+            n_kept = self.random.randrange(1, 9) if self.prefix_cache else 0
+            self.states = StateBooks(max_sequences=MAX_SEQUENCES, n_ring=K_MAX + 2, n_kept=n_kept)
+            self.state_store = [-1] * self.states.pool.n_pages
+        self.books = PageBooks(groups, SLOTS, prefix_cache=self.prefix_cache, states=self.states)
         self.store = {name: [[-1] * SLOTS for _ in g.pool.holds] for name, g in groups.items()}
         self.scheduler = Scheduler(
             books=self.books,
@@ -202,6 +209,7 @@ class World:
             drafts.append(right if self.random.random() < 0.7 else self.random.randrange(VOCAB))
         given = s.tokens[: s.n_computed + work.n_rows] + drafts
         self.write(s, rows_of(salt, given)[s.n_computed :])
+        self.write_states(s, rows_of(salt, given))
         self.books.advance(s.id, work.n_rows + len(drafts))
         if failing == "b":
             s.abort(FinishReason.ERROR, "behind the pass")
@@ -234,10 +242,27 @@ class World:
                 assert group.pool.holds[page] == 1, "rows go into a page of one's own"
                 self.store[name][page][p % SLOTS] = row
 
+    def write_states(self, s: Sequence, rows: list[int]) -> None:
+        """The pass reads the state of the sequence's own tokens and writes into nobody else's."""
+        if self.states is None:
+            return
+        length = self.books.lengths[s.id]
+        n_rows = len(rows) - length
+        read, writes = self.states.numbers(s.id, length, n_rows)
+        if self.random.random() < 0.02:  # a pass that failed and is repeated
+            assert (read, writes) == self.states.numbers(s.id, length, n_rows)
+        assert read == -1 if length == 0 else self.state_store[read] == rows[length - 1]
+        for row, state in writes:
+            assert state != read and self.states.pool.holds[state] == 1
+            assert not self.states.pool.cached[state]
+            self.state_store[state] = rows[length + row]
+
     def see(self, s: Sequence) -> None:
         """Every row that the next one may look at is that of the sequence's own tokens."""
         length = self.books.lengths[s.id]
         rows = rows_of(s.request.cache_salt, s.tokens[:length])
+        if self.states is not None and length > 0:
+            assert self.state_store[self.states.rings[s.id].behind[length]] == rows[-1]
         for name, group in self.books.groups.items():
             table = group.tables[s.id]
             first = 0 if group.window is None else max(0, length - group.window)
@@ -279,6 +304,8 @@ def simulate(world: World, n_steps: int) -> None:
     if world.books.prefix is not None:
         world.books.prefix.clear()
         assert not world.books.prefix.roots
+    if world.states is not None:
+        assert world.states.pool.n_free == world.states.pool.n_pages
     world.books.check()
     assert all(g.pool.n_free == g.pool.n_pages for g in world.books.groups.values())
 
@@ -304,6 +331,15 @@ def test_simulation(seed: int, kind: str) -> None:
     lively(world)
 
 
+@pytest.mark.parametrize("seed,kind", list(zip((16, 11, 21), KINDS, strict=True)))
+def test_simulation_with_states(seed: int, kind: str) -> None:
+    """Every state that is read is that of the sequence's own verified tokens."""
+    world = World(seed, KINDS[kind], recurrent=True)
+    simulate(world, 5_000)
+    stats = world.scheduler.stats
+    assert stats.n_preempted > 5 and world.n_cached > 200 and world.n_added > 200
+
+
 def test_prompts_share_few_rows() -> None:
     """Two rows a step for up to six prompts: whoever has waited longest is next."""
     world = World(4, KINDS["full"], chunk=2)
@@ -320,6 +356,7 @@ def test_simulation_without_a_prefix_cache() -> None:
 @pytest.mark.prove
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_many_simulations(seed: int, kind: str) -> None:
-    world = World(seed, KINDS[kind])
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_many_simulations(seed: int, kind: str, recurrent: bool) -> None:
+    world = World(seed, KINDS[kind], recurrent=recurrent)
     simulate(world, 10_000)

@@ -61,7 +61,7 @@ def reference(q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> 
 
 
 def tolerance(kv: KvPages) -> float:
-    """Absolute. On tiles weights and queries are the sum of two bf16 numbers, off by 2^-16 of it."""
+    """Absolute. On tiles weights and queries are sums of two bf16 numbers, off by 2^-16 of it."""
     tiles = _core.current_isa() == "avx512-amx" and kv.k_PGSD.shape[3] % 32 == 0
     return 1e-5 if tiles and kv.k_PGSD.dtype == torch.bfloat16 else 2e-6
 

@@ -43,6 +43,5 @@ def memory_touched(memory: Memory, sequence: str, n_rows: int) -> int:
         for name, group in memory.groups.items()
     )
     if memory.recurrent is not None:
-        states = memory.recurrent
-        total += states.n_bytes // (states.n_states * states.max_sequences) * (1 + n_rows)
+        total += memory.recurrent.state_bytes * (1 + n_rows)
     return total

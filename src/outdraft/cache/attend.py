@@ -16,16 +16,8 @@ from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
 from outdraft.cache.tables import Ints
-from outdraft.ops.base import (
-    PAGE_SLOTS,
-    AttentionRows,
-    DeltaNet,
-    Heads,
-    KvPages,
-    Ops,
-    PageSlots,
-    StateRows,
-)
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, Fuses, Heads, KvPages, Ops, PageSlots
+from outdraft.ops.recurrent_base import DeltaNet, StateRows, StateSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +30,16 @@ class CausalAttend:
     rows: Mapping[str, AttentionRows]
     states: StateRows | None = None
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Rows beyond the spans (padding) are not stored and get zeros."""
         spec = self.memory.layers[layer]
         store = self.memory.groups[spec.group].layers[spec.source]
         slots, rows = self.slots[spec.group], self.rows[spec.group]
         n_rows = slots.page_T.shape[0]
+        if k is not None and v is not None and isinstance(self.ops, Fuses):
+            q_THD = self.ops.turn_and_write(q, k, v, store, slots)
+            return self.ops.attention(q_THD, store, rows, 1.0)
+        q_THD = q.value(self.ops)
         if k is not None and v is not None:
             write_rows(self.ops, k, store.k_PGSD, store.k_scales_PGS, slots)
             write_rows(self.ops, v, store.v_PGSD, store.v_scales_PGS, slots)
@@ -58,6 +54,16 @@ class CausalAttend:
             qkv_TC, a_TH[:n], b_TH[:n], net.gates, store.state_SHKV, self.states, net.n_k_heads
         )
         return pad_back(out_THV, x_TC.shape[0])
+
+    def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
+        """See `Attend`. Rows beyond the spans (padding) are zeros."""
+        assert self.states is not None and self.memory.recurrent is not None
+        store, n = self.memory.recurrent.layers[layer], self.states.sequence_T.shape[0]
+        x_nC = self.ops.short_conv(
+            x_TC[:n], space.conv_WC, store.inputs_SWC, self.states, space.conv_bias_C
+        )
+        out_THP = self.ops.scan(x_nC, dt_TH[:n], space, store.state_SHKV, self.states)
+        return pad_back(out_THP, x_TC.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +104,16 @@ class CausalCall:
         return cls.of(memory, ops, causal_numbers(memory, spans, tokens))
 
 
-def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
+def causal_numbers(
+    memory: Memory,
+    spans: Sequence[Span],
+    tokens: Sequence[int],
+    first: Mapping[str, int] | None = None,
+) -> Tensor:
     """All numbers of a call, int32, of which `CausalCall` is made; `memory.reserve` comes first.
 
-    A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence.
+    A row at position p sees keys `max(0, p - window + 1) .. p` of its own sequence, from `first`
+    of the sequence on where that is given.
     """
     own = memory.tables.slots([span.sequence for span in spans])
     n_own = 4 if memory.recurrent is None else 6
@@ -109,9 +121,9 @@ def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int])
     token_T, position_T, sequence_T, slot_T = rows[:4]
     if memory.recurrent is not None:
         at = 0
-        for slot, span in zip(own, spans, strict=True):
+        for span in spans:
             length, end = memory.lengths[span.sequence], at + span.n_rows
-            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, slot, length, span.n_rows)
+            rows[4:6, at:end] = memory.recurrent.numbers(span.sequence, length, span.n_rows)
             at = end
     token_T[:] = tokens
     position_T[:] = [p for span in spans for p in memory.positions(span)]
@@ -120,8 +132,32 @@ def causal_numbers(memory: Memory, spans: Sequence[Span], tokens: Sequence[int])
     page_T = position_T // PAGE_SLOTS
     for i, (name, group) in enumerate(memory.groups.items()):
         rows[n_own + 2 * i] = memory.tables.pages(name, sequence_T, page_T)
-        rows[n_own + 1 + 2 * i] = first_visible(position_T, group.window)
+        lo_T = rows[n_own + 1 + 2 * i]
+        lo_T[:] = first_visible(position_T, group.window)
+        for span in spans if first else ():
+            assert first is not None
+            own_T = lo_T[span.start : span.start + span.n_rows]
+            np.maximum(own_T, first.get(span.sequence, 0), out=own_T)
     return memory.tables.behind(rows)
+
+
+def further_numbers(memory: Memory, numbers: Tensor, n_rows: int) -> Tensor | None:
+    """`causal_numbers` of the next row of each sequence of a call that has one row of each.
+
+    The tokens are those of that call. None where a row begins a page, and with recurrent layers.
+    """
+    if memory.recurrent is not None:
+        return None
+    further = numbers.clone()
+    rows = further[: (4 + 2 * len(memory.groups)) * n_rows].numpy().reshape(-1, n_rows)
+    position_T, slot_T = rows[1], rows[3]
+    position_T += 1
+    slot_T += 1
+    if (slot_T == PAGE_SLOTS).any():
+        return None
+    for i, group in enumerate(memory.groups.values()):
+        rows[5 + 2 * i] = first_visible(position_T, group.window)
+    return further
 
 
 def first_visible(newest_T: Ints, window: int | None) -> Ints | int:
@@ -137,10 +173,10 @@ class ReadOnlyAttend:
     stores: Sequence[KvPages]
     rows: Sequence[AttentionRows]
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Rows beyond those that see anything (padding) get zeros."""
         assert k is None and v is None
-        rows = self.rows[layer]
+        rows, q_THD = self.rows[layer], q.value(self.ops)
         out = self.ops.attention(q_THD[: rows.lo_T.shape[0]], self.stores[layer], rows, 1.0)
         return pad_back(out, q_THD.shape[0])
 

@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 
 from outdraft.cache.pages import PagePool
 from outdraft.cache.prefix import GroupRule, Node, PrefixCache
+from outdraft.cache.states import StateBooks, worth_keeping
 
 
 @dataclass(slots=True)
@@ -36,16 +37,31 @@ class GroupBooks:
 
 
 class PageBooks:
-    """Lengths and page tables. Allocated pages are reported to the caller, who clears them."""
+    """Lengths, page tables and states. Allocated pages are reported to the caller, who clears
+    them.
+    """
 
     def __init__(
-        self, groups: Mapping[str, GroupBooks], page_slots: int, *, prefix_cache: bool
+        self,
+        groups: Mapping[str, GroupBooks],
+        page_slots: int,
+        *,
+        prefix_cache: bool,
+        states: StateBooks | None = None,
     ) -> None:
+        """`states`: of recurrent layers, if the model has some."""
         self.groups = dict(groups)
         self.page_slots = page_slots
         self.lengths: dict[str, int] = {}
         rules = {name: GroupRule(g.pool, g.window) for name, g in self.groups.items()}
-        self.prefix = PrefixCache(rules, page_slots) if prefix_cache else None
+        self.states = states
+        self.prefix: PrefixCache | None = None
+        if prefix_cache:
+            self.prefix = PrefixCache(rules, page_slots, None if states is None else states.pool)
+            if states is not None:
+                states.evict = self.prefix.evict_state
+        self.newest: dict[str, Node] = {}
+        """The page of each sequence's output whose state was kept last."""
         self.chains: dict[str, list[Node]] = {}
         self.salts: dict[str, str] = {}
         self.slots: dict[str, int] = {}
@@ -77,11 +93,41 @@ class PageBooks:
             self.prefix.n_asked += len(tokens)
             self.prefix.n_hit += length
             self.prefix.touch(chain)
+            self._open_states(sequence, chain, tokens, salt, most)
+        elif self.states is not None:
+            self.states.open(sequence)
         self.lengths[sequence], self.chains[sequence] = length, chain
         self.salts[sequence] = salt
         self.slots[sequence] = heappop(self._free_slots) if self._free_slots else len(self.slots)
         self.changed.add(sequence)
         return length
+
+    def _open_states(
+        self, sequence: str, chain: list[Node], tokens: Sequence[int], salt: str, most: int
+    ) -> None:
+        if self.states is None or self.prefix is None:
+            return
+        length, size = len(chain) * self.page_slots, self.page_slots
+        reach, last = self.prefix.reach(tokens, salt, most), most // size * size
+        wanted = worth_keeping(length, last, reach, size, self.states.n_kept // 2)
+        state = None
+        if chain:
+            state = chain[-1].state
+            self.prefix.use_state(chain[-1])
+        self.states.open(sequence, length, state, wanted, last)
+
+    def skip(self, sequence: str, length: int) -> None:
+        """A new sequence begins behind so many tokens, whole pages, of which it has none.
+
+        Its rows must see nothing before them, and nothing of it may be shared.
+        """
+        assert length % self.page_slots == 0 and self.states is None
+        for group in self.groups.values():
+            table = group.tables[sequence]
+            group.pool.release(table.pages)
+            table.pages, table.first_page = [], length // self.page_slots
+        self.lengths[sequence], self.chains[sequence] = length, []
+        self.changed.add(sequence)
 
     def close(self, sequence: str) -> None:
         """A sequence is forgotten; its verified pages stay in the cache until they are needed."""
@@ -90,6 +136,9 @@ class PageBooks:
         chain = self.chains.pop(sequence)
         if self.prefix is not None:
             self.prefix.touch([node for node in chain if node.pages])
+        if self.states is not None:
+            self.states.close(sequence)
+            self.newest.pop(sequence, None)
         for group in self.groups.values():
             group.pool.release(group.tables.pop(sequence).pages)
 
@@ -152,12 +201,16 @@ class PageBooks:
 
     def advance(self, sequence: str, n_rows: int) -> None:
         """n rows were written behind the length."""
+        if self.states is not None:
+            self.states.advance(sequence, self.lengths[sequence], n_rows)
         self.lengths[sequence] += n_rows
 
     def rollback(self, sequence: str, n_rows: int) -> None:
         """Forget the last n rows. They are not erased: the next rows overwrite them."""
         assert 0 <= n_rows <= self.lengths[sequence]
         self.lengths[sequence] -= n_rows
+        if self.states is not None:
+            self.states.rollback(sequence, self.lengths[sequence])
 
     def share(self, sequence: str, tokens: Sequence[int]) -> None:
         """Put pages whose rows are all verified into the cache.
@@ -182,6 +235,29 @@ class PageBooks:
             for name, page in known.items():
                 self._swap(name, sequence, i, page)
             chain.append(node)
+            self._share_state(sequence, node, len(chain) * size)
+
+    def _share_state(self, sequence: str, node: Node, at: int) -> None:
+        """Keep the state behind a page if it is worth it: all its rows are verified."""
+        if self.states is None or self.prefix is None:
+            return
+        ring = self.states.rings[sequence]
+        of_output = at > ring.written
+        sure = of_output or ring.wanted.get(at, False)
+        if not of_output and at not in ring.wanted:
+            return
+        if node.state is not None:  # another sequence's, of the same tokens: the same bits
+            self.states.drop(sequence, at)
+            self.prefix.use_state(node, sure=sure)
+            return
+        state = self.states.keep(sequence, at, sure=sure)
+        if state is None:
+            return
+        self.prefix.keep_state(node, state, sure=sure)
+        if of_output:  # what continues the text begins with the newest one
+            if sequence in self.newest:
+                self.prefix.use_state(self.newest[sequence], sure=False)
+            self.newest[sequence] = node
 
     def _swap(self, name: str, sequence: str, index: int, page: int) -> None:
         """Use the cache's page instead of the sequence's own: the same tokens, the same bits."""
@@ -226,5 +302,19 @@ class PageBooks:
             idle = sum(h == 1 and c for h, c in zip(holds, flags, strict=True))
             assert pool.n_idle == idle, f"{name}: idle pages"
             assert group.tables.keys() == self.lengths.keys(), f"{name}: a table without a sequence"
+        self._check_states()
         assert self.slots.keys() == self.lengths.keys(), "a slot without a sequence"
         assert len({*self.slots.values()}) == len(self.slots), "a slot twice"
+
+    def _check_states(self) -> None:
+        if self.states is None:
+            return
+        pool, cached = self.states.pool, self.prefix.held_states() if self.prefix else []
+        held = [s for ring in self.states.rings.values() for s in self.states.held(ring)] + cached
+        holds = [0] * pool.n_pages
+        for state in held:
+            holds[state] += 1
+        assert holds == pool.holds, "states: a hold without a holder"
+        assert sorted(cached) == [i for i, c in enumerate(pool.cached) if c], "states: the cache"
+        assert self.states.rings.keys() == self.lengths.keys(), "a ring without a sequence"
+        assert self.states.n_spare >= 0, "states: too few are left for rings"

@@ -16,6 +16,7 @@ from outdraft.cache.books import GroupBooks, PageBooks
 from outdraft.cache.kv import clear_pages, empty_pages, n_bytes
 from outdraft.cache.pages import PagePool
 from outdraft.cache.recurrent import RecurrentLayer, RecurrentMemory
+from outdraft.cache.states import StateBooks
 from outdraft.cache.tables import PageTables
 from outdraft.ops.base import PAGE_SLOTS, KvPages
 
@@ -73,6 +74,7 @@ class Memory:
         pool_tokens: int | None = None,
         prefix_cache: bool = False,
         n_draft_max: int = 0,
+        kept_states: int | None = None,
     ) -> None:
         """Allocate all pages at once.
 
@@ -84,18 +86,13 @@ class Memory:
             device: where they are; None is the CPU.
             pool_tokens: positions of full attention that all sequences share; at least one
                 sequence always fits. None plans for the worst case of all sequences at once.
-            prefix_cache: keep verified pages for later sequences that begin alike. Not with
-                recurrent layers: their states belong to one length only.
+            prefix_cache: keep verified pages for later sequences that begin alike, and states of
+                recurrent layers behind some of them.
             n_draft_max: most rows of a step that `rollback` takes back.
+            kept_states: how many states the prefix cache keeps at most; None for what
+                `plan_states` says.
         """
         self.layers = kv_layers(layers)
-        recurrent = {i: x for i, x in enumerate(layers) if isinstance(x, RecurrentLayer)}
-        self.recurrent: RecurrentMemory | None = None
-        if recurrent:
-            prefix_cache = False
-            self.recurrent = RecurrentMemory(
-                recurrent, max_sequences=max_sequences, n_states=n_draft_max + 2, device=device
-            )
         self.device = device or torch.device("cpu")
         pages = plan_pages(
             layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
@@ -105,7 +102,18 @@ class Memory:
             group: GroupBooks(windows[group], n_pages, PagePool(n_pool))
             for group, (n_pages, n_pool) in pages.items()
         }
-        self.books = PageBooks(books, PAGE_SLOTS, prefix_cache=prefix_cache)
+        recurrent = {i: x for i, x in enumerate(layers) if isinstance(x, RecurrentLayer)}
+        self.recurrent: RecurrentMemory | None = None
+        if recurrent:
+            n_kept = plan_states(layers, pages, dtype, kept_states) if prefix_cache else 0
+            states = StateBooks(max_sequences=max_sequences, n_ring=n_draft_max + 2, n_kept=n_kept)
+            self.recurrent = RecurrentMemory(recurrent, states, device)
+        self.books = PageBooks(
+            books,
+            PAGE_SLOTS,
+            prefix_cache=prefix_cache and bool(books),
+            states=None if self.recurrent is None else self.recurrent.books,
+        )
         self.tables = PageTables(self.books, max_sequences)
         self.lengths = self.books.lengths
         self.groups = {name: _Group(group) for name, group in books.items()}
@@ -131,15 +139,11 @@ class Memory:
 
     def open(self, sequence: str, tokens: Sequence[int] = (), salt: str = "", most: int = 0) -> int:
         """A sequence begins; how many of its first `most` tokens are in memory already."""
-        if self.recurrent is not None:
-            self.recurrent.open(sequence)
         return self.books.open(sequence, tokens, salt, most)
 
     def close(self, sequence: str) -> None:
         """A sequence is forgotten."""
         self.books.close(sequence)
-        if self.recurrent is not None:
-            self.recurrent.close(sequence)
 
     def reserve(self, sequence: str, n_rows: int) -> None:
         """Make room for n rows behind the length. New pages are zeros.
@@ -154,15 +158,11 @@ class Memory:
 
     def advance(self, sequence: str, n_rows: int) -> None:
         """n rows were written behind the length."""
-        if self.recurrent is not None:
-            self.recurrent.advance(sequence, self.lengths[sequence], n_rows)
         self.books.advance(sequence, n_rows)
 
     def rollback(self, sequence: str, n_rows: int) -> None:
         """Forget the last n rows. They are not erased: the next rows overwrite them."""
         self.books.rollback(sequence, n_rows)
-        if self.recurrent is not None:
-            self.recurrent.rollback(sequence, self.lengths[sequence])
 
     def share(self, sequence: str, tokens: Sequence[int]) -> None:
         """Let later sequences use pages whose rows are all verified. Between rollback and trim."""
@@ -221,16 +221,52 @@ def memory_bytes(
     pool_tokens: int | None = None,
     prefix_cache: bool = False,
     n_draft_max: int = 0,
+    kept_states: int | None = None,
 ) -> int:
     """`Memory.n_bytes` of a memory that does not exist yet. Arguments as `Memory`'s."""
     pages = plan_pages(
         layers, max_sequences, max_tokens, max_rows, pool_tokens, prefix_cache=prefix_cache
     )
-    states = max_sequences * (n_draft_max + 2)
-    total = states * sum(x.n_bytes for x in layers if isinstance(x, RecurrentLayer))
+    n_states = max_sequences * (n_draft_max + 2)
+    n_states += plan_states(layers, pages, dtype, kept_states) if prefix_cache else 0
+    return n_states * state_bytes(layers) + kv_bytes(layers, pages, dtype)
+
+
+def state_bytes(layers: Sequence[LayerMemory]) -> int:
+    """Of one state of all recurrent layers."""
+    return sum(layer.n_bytes for layer in layers if isinstance(layer, RecurrentLayer))
+
+
+def kv_bytes(
+    layers: Sequence[LayerMemory], pages: dict[str, tuple[int, int]], dtype: torch.dtype
+) -> int:
+    """Of keys and values in so many pages, as `plan_pages` gives them."""
+    total = 0
     for index, layer in kv_layers(layers).items():
         if layer.source == index:
             n_rows = pages[layer.group][1] * layer.n_kv_heads * PAGE_SLOTS
             scale_bytes = 4 if dtype == torch.int8 else 0
             total += 2 * n_rows * (layer.head_dim * dtype.itemsize + scale_bytes)
     return total
+
+
+LEAST_STATES = 4
+
+
+def plan_states(
+    layers: Sequence[LayerMemory],
+    pages: dict[str, tuple[int, int]],
+    dtype: torch.dtype,
+    asked: int | None = None,
+) -> int:
+    """States that the prefix cache keeps at most: as asked, or what keys and values take in bytes.
+
+    At least four, and no more than there are pages.
+    """
+    one = state_bytes(layers)
+    if one == 0 or not pages:
+        return 0
+    if asked is not None:
+        return asked
+    n_pages = max(n_pool for _, n_pool in pages.values())
+    return min(n_pages, max(LEAST_STATES, kv_bytes(layers, pages, dtype) // one))

@@ -11,7 +11,7 @@ from outdraft.cli import options
 from outdraft.cli.console import harmless, results
 
 if TYPE_CHECKING:
-    from outdraft.cli.checkup import Checkup
+    from outdraft.cli.findings import Checkup
 
 CANNOT_RUN = 1
 
@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False)
 def inspect(
     model: options.Model,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     cache_dir: options.CacheDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -35,7 +36,7 @@ def inspect(
     from outdraft.weights.packed_cache import PackedCache
 
     cache = PackedCache(Path(cache_dir) if cache_dir else options.default_cache_dir())
-    found = examine(resolve_model(model), assistant, cache)
+    found = examine(resolve_model(model), assistant, cache, adapter)
     if as_json:
         print(json.dumps(as_object(found), ensure_ascii=False, indent=2))
     else:
@@ -103,6 +104,8 @@ def facts(found: "Checkup") -> list[tuple[str, str]]:
         rows.append(("  elements", stored))
     if found.shape:
         rows.append(("quantisation", found.quantisation or "none"))
+    if found.adapter is not None:
+        rows.append(("adapter", found.adapter))
     if found.packed_bytes:
         sizes = (f"{size(n)} {format}" for format, n in found.packed_bytes.items())
         rows.append(("packed", ", ".join(sizes)))
@@ -112,6 +115,9 @@ def facts(found: "Checkup") -> list[tuple[str, str]]:
     if found.state_bytes:
         each = f"{size(found.state_bytes)}, k + 2 of them a sequence with drafts of up to k"
         rows.append(("recurrent state", each))
+        kept = f"{found.kept_states} behind pages, {size(found.kept_states * found.state_bytes)}"
+        if found.kept_states:
+            rows.append(("  kept for later prompts", f"at most {kept} (--kept-states)"))
     for group, n_bytes in found.kv_bytes_per_token.items():
         window = f", at most {found.windows[group]} positions" if group in found.windows else ""
         rows.append((f"KV of {group}", f"{size(n_bytes)} a token{window}"))

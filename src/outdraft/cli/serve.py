@@ -43,6 +43,9 @@ KvTokens = Annotated[
 PrefixCache = Annotated[
     bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
 ]
+KeptStates = Annotated[
+    int | None, typer.Option(min=0, help="States of recurrent layers kept with them, at most.")
+]
 ToolFormat = Annotated[
     str | None, typer.Option(help="How the model calls tools, instead of finding out.")
 ]
@@ -70,11 +73,15 @@ def serve(
     max_sequences: Parallel = 16,
     kv_cache_tokens: KvTokens = None,
     prefix_cache: PrefixCache = True,
+    kept_states: KeptStates = None,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
+    spec_draft_vocab: options.DraftVocab = None,
+    spec_draft_vocab_text: options.DraftVocabText = None,
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",

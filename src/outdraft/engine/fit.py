@@ -36,6 +36,7 @@ def build_memory(target: Target, config: EngineConfig, max_rows: int, n_draft_ma
         "max_rows": max_rows,
         "dtype": target.ops.kv_dtype,
         "prefix_cache": config.prefix_cache,
+        "kept_states": config.kept_states,
         "n_draft_max": n_draft_max,
     }
     device = target.ops.device

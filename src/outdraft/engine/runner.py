@@ -23,6 +23,7 @@ from outdraft.engine.decide import (
     admissible,
     decide,
     forced_block,
+    goes_on,
     report_prompt,
     reported,
 )
@@ -87,6 +88,9 @@ class Runner:
         self.counters.begin(sequence)
         if self.drafter is not None:
             self._drafter_call(self.drafter.open, sequence.id)
+        if isinstance(self.drafter, ReadsStates):
+            salt = sequence.request.cache_salt
+            self._drafter_call(self.drafter.begin, sequence.id, sequence.tokens, salt, n_cached)
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence."""
@@ -203,8 +207,8 @@ class Runner:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
         if self.drafter is not None and self.drafter.needs.final_hidden and newest:
-            kept_BH = done.hidden_TH[list(newest.values())]
-            self.hidden.update(zip(newest, kept_BH.unbind(), strict=True))
+            for sequence_id, row in newest.items():  # an index of all would wait for the device
+                self.hidden[sequence_id] = done.hidden_TH[row].clone()
         return events
 
     def _finish(
@@ -288,6 +292,7 @@ class Runner:
     def _ask(
         self, drafter: Drafter, work: Seq[Work], sequences: Mapping[str, Sequence]
     ) -> _Proposal:
+        self.target_pass.ahead.drop()
         asking = [sequences[w.sequence] for w in work]
         view = self._view(
             [
@@ -348,7 +353,8 @@ class Runner:
             if w.n_rows == sequence.n_pending:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
-        return self.target_pass.run(tokens, spans, wanted)
+        ahead = not isinstance(self.drafter, ReadsStates) and goes_on(work, sequences)
+        return self.target_pass.run(tokens, spans, wanted, ahead=ahead)
 
     def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""

@@ -10,17 +10,20 @@ Shapes: T rows (tokens), K inputs, N outputs, H query heads, G key/value heads, 
 P pages, S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from outdraft.ops.recurrent_base import RecurrentOps
 
 PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
-Activation = Literal["gelu_tanh", "silu", "sigmoid"]
+Activation = Literal["gelu_tanh", "silu", "sigmoid", "relu"]
 
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
@@ -100,37 +103,22 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
-class StateRows:
-    """Where recurrent states come from and go to; all int32.
+class SigmoidRouter:
+    """How experts are chosen by sigmoids; see `Ops.route_sigmoid`.
 
-    Rows of a sequence lie together, in order. The first of them continues from state `read_T[t]`
-    (-1: zeros), each other from the row before it; the state after row t is put into
-    `write_T[t]` unless that is -1. No row reads what another row of the call writes.
+    `bias_E` is fp32 and only helps to choose. With `n_groups` > 1 experts are taken from the
+    `top_groups` groups with the largest sum of their two best.
     """
 
-    sequence_T: Tensor
-    read_T: Tensor
-    write_T: Tensor
+    bias_E: Tensor
+    top_k: int
+    n_groups: int
+    top_groups: int
+    normalise: bool
+    scale: float
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaGates:
-    """Of a gated delta rule's heads, fp32 [H]: -exp(A_log), and dt_bias."""
-
-    decay_H: Tensor
-    bias_H: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaNet:
-    """Weights of a gated delta rule's recurrence: convolution fp32 [W, C], gates, key heads."""
-
-    conv_WC: Tensor
-    gates: DeltaGates
-    n_k_heads: int
-
-
-class Ops(Protocol):
+class Ops(RecurrentOps, Protocol):
     """See the module docstring. Activations are fp32, bf16 or fp16."""
 
     def describe(self) -> str:
@@ -213,7 +201,7 @@ class Ops(Protocol):
         ...
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
-        """activation(gate) * up."""
+        """activation(gate) * up. relu(x)^2 is `gated(x, x, "relu")`."""
         ...
 
     def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
@@ -234,6 +222,14 @@ class Ops(Protocol):
         """
         ...
 
+    def route_sigmoid(self, scores_TE: Tensor, router: SigmoidRouter) -> tuple[Tensor, Tensor]:
+        """The best experts of each row by sigmoid(score) + bias, and their weights.
+
+        Weights are sigmoid(score), made to sum to one if the router says so, times its scale. Of
+        equals the lowest id is taken: int32 and fp32 [T, A], the best first.
+        """
+        ...
+
     def experts(
         self,
         x_TK: Tensor,
@@ -243,7 +239,11 @@ class Ops(Protocol):
         weights_TA: Tensor,
         activation: Activation = "gelu_tanh",
     ) -> Tensor:
-        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K]."""
+        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K].
+
+        Where `gate_up` has no more outputs than `down` has inputs there are no gates: u = gate_up x
+        is gated by itself.
+        """
         ...
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
@@ -278,40 +278,66 @@ class Ops(Protocol):
         """`argmax` of each row, and what softmax over its fp32 logits gives it: int32, fp32 [T]."""
         ...
 
-    def short_conv(
-        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
-    ) -> Tensor:
-        """silu of a causal convolution over rows, each channel by itself; fp32 [T, C].
 
-        Args:
-            x_TC: inputs.
-            weight_WC: fp32; the last row is for the newest input.
-            state_SWC: fp32 [S, W - 1, C], the inputs before, oldest first.
-            rows: where they are.
-        """
-        ...
+@runtime_checkable
+class Fuses(Protocol):
+    """Operations that do in one call what else takes several: on a GPU every call costs time.
 
-    def delta_rule(
+    What comes out may be rounded in other places than by the single calls; it is as row-invariant.
+    """
+
+    def gated_linear(
         self,
-        qkv_TC: Tensor,
-        a_TH: Tensor,
-        b_TH: Tensor,
-        gates: DeltaGates,
-        state_SHKV: Tensor,
-        rows: StateRows,
-        n_k_heads: int,
+        x_TK: Tensor,
+        weight: Weight,
+        up_TN: Tensor | None = None,
+        activation: Activation = "gelu_tanh",
     ) -> Tensor:
-        """The gated delta rule (Yang et al. 2024, arXiv:2412.06464), row by row; fp32 [T, H, V].
+        """`gated` of a `linear` by `up_TN`, or by the second half of its outputs; [T, N]."""
+        ...
 
-        With q and k of unit length, g = exp(decay * softplus(a + bias)) and beta = sigmoid(b): the
-        state S [K, V] becomes g S + k (beta (v - g k S)), and the output is q S / sqrt(K).
+    def turn_and_write(
+        self, q: Heads, k: Heads, v: Heads, pages: KvPages, slots: PageSlots
+    ) -> Tensor:
+        """`norm_rope` of queries, `write_heads` of keys and values; the queries [T, H, D].
 
-        Args:
-            qkv_TC: n_k_heads queries, as many keys, H values, one head after another.
-            state_SHKV: fp32.
+        Keys and queries are rotated at the same positions, values are not rotated.
         """
         ...
 
-    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
-        """RMS norm over each head times the fp32 weight times silu(gate); [T, H, V]."""
+    def add_norms(
+        self,
+        x_TK: Tensor,
+        residual_TK: Tensor,
+        weight_K: Tensor,
+        eps: float,
+        next_weights: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`add_norm` with three weights for the norm behind it."""
+        ...
+
+    def add_mixture(
+        self,
+        x_TK: Tensor,
+        experts: tuple[Weight, Weight],
+        routed: tuple[Tensor, Tensor],
+        dense_TK: Tensor,
+        residual_TK: Tensor,
+        weights: Sequence[Tensor],
+        eps: float,
+        *,
+        scale: float = 1.0,
+        next_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_norm` of rms_norm(experts(x)) + rms_norm(dense).
+
+        Args:
+            experts: gate and up, down, as for `experts`.
+            routed: what `route` gave.
+            weights: of the norm of the experts, of the dense part, and of their sum.
+        """
+        ...
+
+    def best_or_none(self, logits_TV: Tensor) -> Tensor:
+        """`argmax`, and -1 where that logit is not finite."""
         ...

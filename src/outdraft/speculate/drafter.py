@@ -137,6 +137,13 @@ class ReadsStates(Protocol):
     newest, each once and in order.
     """
 
+    def begin(self, sequence: str, tokens: Seq[int], salt: str, n_cached: int) -> None:
+        """An open sequence has these tokens. States of the first `n_cached` do not come.
+
+        The target has those in its prefix cache, where requests of another salt share nothing.
+        """
+        ...
+
     def read(self, sequence: str, first: int, hidden_TH: Tensor) -> None:
         """States of the tokens from position `first` on; the tensor may be overwritten later."""
         ...

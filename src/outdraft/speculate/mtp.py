@@ -5,10 +5,16 @@ computed before a round from the states that the engine hands over (`read`); the
 from the last of them, each further one from the head's own result, and those rows are taken back
 before the next round, since their states were not the target's.
 
+Behind a hit in the target's prefix cache the head begins with pages of its own cache. Its row t
+depends on token t + 1 as well, so there a page goes by the tokens one further on. Where the head
+has not read as far as the target has, it begins at the hit and sees nothing before it: its drafts
+may then be worse, never what is emitted.
+
 Shapes: B sequences, T rows, K hidden size, V vocabulary.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +25,21 @@ from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.config import EngineConfig
 from outdraft.errors import CapacityError, PairingError, WeightsError
-from outdraft.models import mtp
-from outdraft.models.layers import TargetModel
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import NativeHead, head_family
+from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.registry import Target, choose_ops, open_weights, packing
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.speculate.chain import draft_chain
-from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, no_drafts, with_own
+from outdraft.speculate.draft_vocab import DraftVocab, load_draft_vocab
+from outdraft.speculate.drafter import (
+    Draft,
+    SequenceView,
+    Taps,
+    TargetView,
+    draws,
+    no_drafts,
+    with_own,
+)
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.loading import Loading
@@ -65,6 +79,7 @@ class _Own:
 
     n_true: int = 0
     first: int = 0
+    begins: int = 0  # rows before this were skipped
     waiting: list[Tensor] = field(default_factory=list)
 
     @property
@@ -79,10 +94,17 @@ class MtpDrafter:
     name = "mtp"
 
     def __init__(
-        self, head: mtp.MtpHead, target: TargetModel, memory: Memory, *, sample_drafts: bool = True
+        self,
+        head: NativeHead,
+        target: TargetModel,
+        memory: Memory,
+        *,
+        sample_drafts: bool = True,
+        vocab: DraftVocab | None = None,
     ) -> None:
-        """`target` scores the head's results; `memory` is the head's."""
+        """`target` scores the head's results, or `vocab`, a part of it; `memory` is the head's."""
         self.head, self.target, self.memory = head, target, memory
+        self.vocab = vocab
         self.sample_drafts = sample_drafts
         self.recorder = head.ops if isinstance(head.ops, Recordable) else None
         self.needs = Taps()
@@ -94,6 +116,15 @@ class MtpDrafter:
         """A sequence begins."""
         self.memory.open(sequence)
         self._own[sequence] = _Own()
+
+    def begin(self, sequence: str, tokens: Sequence[int], salt: str, n_cached: int) -> None:
+        """See `ReadsStates`."""
+        self.close(sequence)
+        n = self.memory.open(sequence, tokens[1:], f"{tokens[0]} {salt}", n_cached)
+        self._own[sequence] = _Own(n_true=n)
+        if n < n_cached:
+            self.memory.books.skip(sequence, n_cached)
+            self._own[sequence] = _Own(n_true=n_cached, begins=n_cached)
 
     def close(self, sequence: str) -> None:
         """Its memory is free again."""
@@ -138,8 +169,9 @@ class MtpDrafter:
                 spans = [Span(s.id, b, 1) for b, s in enumerate(ready)]
                 carried_BK = self._run(newest_B, carried_BK, spans, view)
             fresh = False
-            return self._score(carried_BK)
+            return self._of_all(self._score(carried_BK), drawn=drawn)
 
+        drawn = self.sample_drafts and any(draws(s.params) for s in ready)
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
     def _catch_up(self, sequences: list[SequenceView], view: TargetView) -> Tensor:
@@ -159,14 +191,25 @@ class MtpDrafter:
             own.first += n
             own.n_true += n
         token_T = torch.tensor(tokens, dtype=torch.int32)
-        return self._run(token_T, torch.cat(states), spans, view)[torch.tensor(last)]
+        done_TK = self._run(token_T, torch.cat(states), spans, view)
+        for s in sequences:
+            self._share(s)
+        return done_TK[torch.tensor(last)]
+
+    def _share(self, sequence: SequenceView) -> None:
+        """Keep full pages for later sequences; all rows in memory are of true states."""
+        books, own = self.memory.books, self._own[sequence.id]
+        n_full = own.n_true // books.page_slots
+        if own.begins == 0 and n_full > len(books.chains[sequence.id]):
+            self.memory.share(sequence.id, sequence.tokens[1:])
 
     def _run(
         self, token_T: Tensor, hidden_TK: Tensor, spans: list[Span], view: TargetView
     ) -> Tensor:
         for span in spans:
             self.memory.reserve(span.sequence, span.n_rows)
-        numbers = causal_numbers(self.memory, spans, token_T.tolist())
+        begins = {span.sequence: self._own[span.sequence].begins for span in spans}
+        numbers = causal_numbers(self.memory, spans, token_T.tolist(), begins)
         if self.recorder is not None and len(token_T) <= MAX_RECORDED_ROWS:
             done_TK = self._replayed(self.recorder, numbers, hidden_TK, view)
         else:
@@ -201,11 +244,30 @@ class MtpDrafter:
         own.program.replay()
         return own.done_TK.clone()
 
+    def forget_recordings(self) -> None:
+        """Of scores, which are of the vocabulary that they were recorded with."""
+        self._scores.clear()
+
+    def _of_all(
+        self, scores: tuple[Tensor, Tensor, Tensor], *, drawn: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_score` gave, by ids of the whole vocabulary; scores only where they are read."""
+        if self.vocab is None:
+            return scores
+        logits_BN, best_B, sure_B = scores
+        best_B = self.vocab.ids_N[best_B.long()].int()
+        return self.vocab.whole(logits_BN) if drawn else logits_BN, best_B, sure_B
+
+    def _logits(self, done_BK: Tensor) -> Tensor:
+        if self.vocab is not None:
+            return self.vocab.logits(done_BK)
+        return self.target.logits(done_BK)
+
     def _score(self, done_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The target's scores of the head's results, their argmax, and what softmax gives it."""
         ops, target_ops = self.head.ops, self.target.ops
         if not (isinstance(ops, Recordable) and isinstance(target_ops, Recordable)):
-            logits_BV = self.target.logits(done_BK)
+            logits_BV = self._logits(done_BK)
             return logits_BV, *ops.best(logits_BV)
         n = done_BK.shape[0]
         own = self._scores.get(n)
@@ -213,7 +275,7 @@ class MtpDrafter:
             kept_BK = done_BK.clone()
 
             def scores() -> tuple[Tensor, Tensor, Tensor]:
-                logits_BV = self.target.logits(kept_BK)
+                logits_BV = self._logits(kept_BK)
                 return logits_BV, *ops.best(logits_BV)
 
             program, made = record(scores, ops, target_ops)
@@ -245,18 +307,21 @@ class MtpDrafter:
         return True
 
 
-def find_head(path: Path, config: Qwen35Config) -> str | None:
+def find_head(path: Path, config: TargetConfig) -> str | None:
     """Why a checkpoint has no head that can be used, or None if it has one.
 
     Tensors decide: conversions and tools for fine-tuning drop them and leave the config's claim.
     """
-    names = Checkpoint.open(path).names()
-    prefix = next((p for p in mtp.PREFIXES if any(n.startswith(p) for n in names)), None)
+    names, family = Checkpoint.open(path).names(), head_family(config)
+    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in names)), None)
     if prefix is None:
-        claim = f"its config claims {config.n_mtp_layers} MTP layer"
-        return f"{claim} and no mtp.* tensor is there" if config.n_mtp_layers else "it has none"
+        claimed = family.n_claimed(config)
+        claim = f"its config claims {claimed} MTP layer"
+        return f"{claim} and no mtp.* tensor is there" if claimed else "it has none"
+    if (reason := family.unsupported(config)) is not None:
+        return reason
     present = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    missing = [n for n in mtp.expected_tensors(config) if not _there(n, present)]
+    missing = [n for n in family.expected_tensors(config) if not _there(n, present)]
     if missing:
         return f"{len(missing)} of its tensors are missing, such as {prefix}{missing[0]}"
     return None
@@ -265,7 +330,7 @@ def find_head(path: Path, config: Qwen35Config) -> str | None:
 def _there(name: str, present: set[str]) -> bool:
     """Whether a weight is there, whole or quantised."""
     stem = name.removesuffix("weight")
-    return name in present or any(found.startswith(stem) for found in present)
+    return name in present or (stem + "weight_packed") in present or (stem + "qweight") in present
 
 
 def load_head(
@@ -276,8 +341,7 @@ def load_head(
     Raises:
         PairingError: there is none, or it is not whole.
     """
-    shape = target.config
-    assert isinstance(shape, Qwen35Config)
+    shape, family = target.config, head_family(target.config)
     reason = find_head(target.path, shape)
     if reason is not None:
         raise PairingError(f"{target.path} has no MTP head: {reason}", "use another --spec-type")
@@ -286,9 +350,9 @@ def load_head(
         weights, _, bits = open_weights(
             Checkpoint.open(target.path),
             raw,
-            mtp.expected_tensors(shape),
-            mtp.IGNORED,
-            prefixes=mtp.PREFIXES,
+            family.expected_tensors(shape),
+            family.ignored,
+            prefixes=family.prefixes,
             dtype=target.dtype,
         )
     except WeightsError as error:
@@ -297,13 +361,20 @@ def load_head(
         ) from error
     ops = choose_ops(config, shape, stored_bits=bits, weights=weights.matrices(), drafter=True)
     with packing(ops, weights, raw, config, loading):
-        head = mtp.MtpHead(shape, weights, ops, target.ctx_size + n_draft_max)
+        head = family.build(shape, weights, ops, target.ctx_size + n_draft_max)
     memory = Memory(
-        mtp.memory_layers(shape),
+        family.memory_layers(shape),
         max_sequences=config.max_sequences,
         max_tokens=target.ctx_size + n_draft_max,
         max_rows=CATCH_UP + n_draft_max,
         dtype=ops.kv_dtype,
         pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
+        prefix_cache=config.prefix_cache,
     )
-    return MtpDrafter(head, target.model, memory, sample_drafts=config.sample_drafts)
+    return MtpDrafter(
+        head,
+        target.model,
+        memory,
+        sample_drafts=config.sample_drafts,
+        vocab=load_draft_vocab(target, config),
+    )
