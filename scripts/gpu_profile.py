@@ -63,9 +63,9 @@ def sections(rig):
     stamps, spent = [], defaultdict(list)
 
     def noting(call):
-        def noted(*arguments):
+        def noted(*arguments, **options):
             stamps.append(time.perf_counter())
-            result = call(*arguments)
+            result = call(*arguments, **options)
             stamps.append(time.perf_counter())
             return result
 

@@ -75,9 +75,9 @@ def candidates(n, k, quant):
         tiles = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (64, 64, 4, 6), (32, 128, 4, 6)]
         sliced = [(16, 64, 4, 4), (32, 128, 4, 3), (64, 64, 2, 5)]
     else:
-        tiles = [(128, 128, 2, 3), (128, 128, 4, 3), (64, 128, 2, 3), (64, 128, 4, 3)]
+        tiles = [(128, 128, 2, 3), (128, 128, 4, 3), (64, 128, 1, 4), (64, 128, 2, 4)]
         sliced = []
-    for tile, split in product(tiles, (1, 2, 3, 4, 5, 6, 8, 12)):
+    for tile, split in product(tiles, (1, 2, 3, 4, 6, 8, 12)):
         n_programs = -(-n // tile[0]) * split
         if split == 1 or (k // split >= 384 and n_programs <= 132 * 12):
             yield Cut(*tile, split)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from outdraft.models import gemma4_assistant, mtp
+from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_config import AssistantConfig
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import head_family
 from outdraft.models.registry import family_of
 from outdraft.weights.load import ExpectedTensor
 
@@ -165,6 +165,60 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+_NEMOTRON_H: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "chunk_size": 32,
+    "use_conv_bias": True,
+    "time_step_limit": [0.0, float("inf")],
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 56,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+NEMOTRONS: dict[str, dict[str, Any]] = {
+    # Nano 2: dense
+    "nemotron_h": _NEMOTRON_H | {"hybrid_override_pattern": "M-*-M"},
+    # 3 Nano and 3.5 Lightning: experts
+    "nemotron_h_moe": _NEMOTRON_H | {"hybrid_override_pattern": "MEM*E"},
+    # 3 Super: experts in a latent; here in groups, too, the layers' kinds as names, and an MLP
+    "nemotron_h_latent": _NEMOTRON_H
+    | {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],
+        "moe_latent_size": 48,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+}
+OTHERS |= NEMOTRONS
+
+
 def target_config(shape: str = "plain", **changes: Any) -> dict[str, Any]:
     """config.json of a tiny target."""
     base = OTHERS[shape] if shape in OTHERS else _BASE | SHAPES[shape]
@@ -211,9 +265,11 @@ def random_tensors(
             continue
         if name.endswith("layer_scalar"):
             x = 0.7 + 0.1 * x
+        elif name.endswith(("mixer.dt_bias", "mixer.A_log", "e_score_correction_bias")):
+            x = 0.2 * x - (2 if name.endswith("dt_bias") else 0)  # states that last
         elif len(spec.shape) == 1:
             x = 1 + 0.2 * x
-        elif name == "embed_tokens.weight":
+        elif name in ("embed_tokens.weight", "embeddings.weight"):
             x = 0.3 * x
         else:
             x = x * spec.shape[-1] ** -0.5
@@ -316,10 +372,13 @@ def tiny_assistant(
 
 
 def tiny_hybrid(path: Path, shape: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> Path:
-    """A tiny random Qwen 3.5 with a native head, in the layout of the published checkpoints."""
-    config = target_config(shape, mtp_num_hidden_layers=1, **changes)
-    shapes = mtp.expected_tensors(Qwen35Config.from_hf(config))
+    """A tiny random hybrid with a native head, in the layout of the published checkpoints."""
+    claim = "num_nextn_predict_layers" if shape in NEMOTRONS else "mtp_num_hidden_layers"
+    config = target_config(shape, **{claim: 1}, **changes)
+    read = family_of(config, path).read_config(config)
+    shapes = head_family(read).expected_tensors(read)
     head = {f"mtp.{name}": t for name, t in random_tensors(shapes, seed + 1).items()}
     body = target_weights(config, seed)
-    named = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in body.items()}
+    prefix = "backbone." if shape in NEMOTRONS else "model."
+    named = {n if n.startswith("lm_head") else prefix + n: t for n, t in body.items()}
     return write_model(path, config, named | head, prefix="")

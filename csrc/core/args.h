@@ -75,7 +75,7 @@ struct HeadNormArgs {
   int32_t dim;  // a multiple of 16, of 32 with rotation
 };
 
-enum class Activation : int32_t { gelu_tanh = 0, silu = 1, sigmoid = 2 };
+enum class Activation : int32_t { gelu_tanh = 0, silu = 1, sigmoid = 2, relu = 3 };
 
 struct GatedArgs {  // out = activation(gate) * up
   Matrix gate;

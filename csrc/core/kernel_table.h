@@ -29,6 +29,9 @@ struct KernelTable {
   Kernel<ConvArgs> short_conv;
   Kernel<DeltaArgs> delta_rule;
   Kernel<GatedNormArgs> gated_norm;
+  Kernel<ScanArgs> scan;
+  Kernel<GroupNormArgs> group_norm;
+  Kernel<SigmoidTopArgs> sigmoid_top;
   Kernel<ReadArgs> read_all;
 };
 

@@ -78,18 +78,23 @@ static inline void chosen_weights(const TopArgs& a, const float* scores, const i
   }
 }
 
+// The `count` largest of n numbers into ids, largest first, the smaller index first among equals.
+static inline void largest_few(const float* x, int32_t n, int32_t count, int32_t* ids) {
+  int32_t found = 0;
+  for (int32_t i = 0; i < n; ++i) {
+    if (found == count && !(x[i] > x[ids[found - 1]])) continue;
+    int32_t place = found < count ? found++ : found - 1;
+    for (; place > 0 && x[i] > x[ids[place - 1]]; --place) ids[place] = ids[place - 1];
+    ids[place] = i;
+  }
+}
+
 static void top(const TopArgs& a, const Worker& worker) {
   const Range rows = share(a.rows, worker);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const auto* x = reinterpret_cast<const float*>(at(a.x, row, 0));
     int32_t* ids = a.ids + row * a.count;
-    int32_t found = 0;
-    for (int32_t i = 0; i < a.n; ++i) {
-      if (found == a.count && !(x[i] > x[ids[found - 1]])) continue;
-      int32_t place = found < a.count ? found++ : found - 1;
-      for (; place > 0 && x[i] > x[ids[place - 1]]; --place) ids[place] = ids[place - 1];
-      ids[place] = i;
-    }
+    largest_few(x, a.n, a.count, ids);
     if (a.weights) chosen_weights(a, x, ids, a.weights + row * a.count);
   }
 }

@@ -22,6 +22,7 @@ static void gated(const GatedArgs& a, const Worker& worker) {
     const F gate = load_at(a.gate, row, i, n);
     const F open = a.activation == Activation::silu      ? silu(gate)
                    : a.activation == Activation::sigmoid ? sigmoid(gate)
+                   : a.activation == Activation::relu    ? maximum(gate, zero())
                                                          : gelu_tanh(gate);
     store_at(a.out, row, i, mul(open, load_at(a.up, row, i, n)), n);
   });

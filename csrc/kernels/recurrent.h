@@ -28,6 +28,7 @@ static void short_conv(const ConvArgs& a, const Worker& worker) {
       }
       const F x = load_at(a.x, t, c, 16);
       F y = mul(x, load(a.weight + kept * a.channels + c));
+      if (a.bias) y = add(y, load(a.bias + c));
       for (int64_t w = 0; w < kept; ++w) y = fma(before[w], load(a.weight + w * a.channels + c), y);
       store_at(a.out, t, c, silu(y), 16);
       for (int64_t w = 0; w + 1 < kept; ++w) before[w] = before[w + 1];

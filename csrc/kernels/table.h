@@ -13,6 +13,7 @@
 #include "kernels/tiles.h"
 #endif
 #include "kernels/recurrent.h"
+#include "kernels/state_space.h"
 
 namespace outdraft::OUTDRAFT_ISA {
 
@@ -40,6 +41,9 @@ const KernelTable& table() {
       .short_conv = short_conv,
       .delta_rule = delta_rule,
       .gated_norm = gated_norm,
+      .scan = scan,
+      .group_norm = group_norm,
+      .sigmoid_top = sigmoid_top,
       .read_all = read_all,
   };
   return all;

@@ -37,6 +37,7 @@ class EngineConfig:
             `draft-model` is a smaller model of the same tokenizer, named by `assistant`; `mtp` is
             the head in the checkpoint.
         assistant: directory or name of the drafter; None looks beside and inside the target.
+        adapter: directory or name of a LoRA adapter (PEFT) that is added to the target's weights.
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
             measured costs and acceptance.
@@ -76,6 +77,7 @@ class EngineConfig:
 
     spec_type: SpecType = "auto"
     assistant: str | None = None
+    adapter: str | None = None
     draft_n_max: int | None = None
     draft_n: int | None = None
     sample_drafts: bool = True

@@ -13,8 +13,8 @@ from outdraft.cli.checkup import examine
 from outdraft.cli.inspect import size
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
-from outdraft.models import mtp
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import head_family
+from outdraft.models.registry import family_of
 from outdraft.ops.packed import PackedLinear
 from tests import tiny
 from tests.cli.conftest import Invoke
@@ -182,21 +182,23 @@ def test_packed_sizes_and_files_are_those_of_the_engine(
     ).replace(" ", "")
 
 
-def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path) -> None:
-    path = tiny.tiny_hybrid(tmp_path / "m")
+@pytest.mark.parametrize("shape", ["qwen3_5", "nemotron_h_latent"])
+def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path, shape: str) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m", shape)
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "recurrent state" in result.stdout and "k + 2 of them" in result.stdout
     assert "kept for later prompts" in result.stdout
     assert "mtp: the head in the checkpoint" in result.stdout
     assert "drafting up to 3 tokens" in result.stdout
-    config = Qwen35Config.from_hf(json.loads((path / "config.json").read_text()))
+    raw = json.loads((path / "config.json").read_text())
+    config = family_of(raw, path).read_config(raw)
     found = json.loads(outdraft("inspect", path, "--json").stdout)
     assert [group["reason"] for group in found["ignored"]] == [
         "the MTP head, which the drafter reads"
     ]
     head = found["drafter"]
-    tensors = mtp.expected_tensors(config).values()
+    tensors = head_family(config).expected_tensors(config).values()
     assert head["n_params"] == sum(torch.Size(t.shape).numel() for t in tensors)
 
 

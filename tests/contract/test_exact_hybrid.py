@@ -17,7 +17,12 @@ from outdraft.request import SamplingParams
 from tests import tiny
 from tests.contract.test_exact import BACKENDS, N_NEW, assert_idle, assert_same, repetitive, run
 
-SHAPES = ("qwen3_5", "qwen3_5_moe")
+SHAPES = (
+    "qwen3_5",
+    "qwen3_5_moe",
+    "nemotron_h_latent",
+    pytest.param("nemotron_h_moe", marks=pytest.mark.prove),
+)
 
 
 @pytest.fixture(scope="module", params=SHAPES)

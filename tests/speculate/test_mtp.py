@@ -1,5 +1,6 @@
 """The native head: against a plain restatement in fp64, and refused when it is not whole."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from outdraft.cache.attend import CausalCall
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
 from outdraft.errors import ModelError
+from outdraft.models.nemotron_h_config import NemotronHConfig
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.request import SamplingParams
 from outdraft.sampling.logits import distribution
@@ -74,16 +76,71 @@ def head_of(w: dict[str, Tensor], c: Qwen35Config, embedded: Tensor, hidden: Ten
     return norm(x + inner @ w["layers.0.mlp.down_proj.weight"].T, w["norm.weight"])
 
 
+def plain_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w
+
+
+def nemotron_head_of(
+    w: dict[str, Tensor], c: NemotronHConfig, embedded: Tensor, hidden: Tensor
+) -> Tensor:
+    """`head_of` of Nemotron-H: attention without positions, then experts in a latent."""
+    u = torch.cat(
+        (
+            plain_norm(embedded, w["layers.0.enorm.weight"]),
+            plain_norm(hidden, w["layers.0.hnorm.weight"]),
+        ),
+        dim=-1,
+    )
+    x = u @ w["layers.0.eh_proj.weight"].T
+    n, dim = x.shape[0], c.head_dim
+    y = plain_norm(x, w["layers.0.norm.weight"])
+    q, k, v = ((y @ w[f"layers.0.mixer.{i}_proj.weight"].T).view(n, -1, dim) for i in "qkv")
+    k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * dim**-0.5
+    scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
+    mixed = torch.einsum("hts,shd->thd", scores.softmax(-1), v).reshape(n, -1)
+    x = x + mixed @ w["layers.0.mixer.o_proj.weight"].T
+    y, moe = plain_norm(x, w["layers.1.norm.weight"]), c.moe
+    assert moe is not None and moe.latent_size is not None
+
+    def mlp(prefix: str, z: Tensor) -> Tensor:
+        inner = (z @ w[f"layers.1.mixer.{prefix}up_proj.weight"].T).relu().square()
+        return inner @ w[f"layers.1.mixer.{prefix}down_proj.weight"].T
+
+    added = mlp("shared_experts.", y)
+    open_TE = (y @ w["layers.1.mixer.gate.weight"].T).sigmoid()
+    choice_TE = open_TE + w["layers.1.mixer.gate.e_score_correction_bias"]
+    latent = y @ w["layers.1.mixer.fc1_latent_proj.weight"].T
+    for t in range(n):
+        groups = choice_TE[t].view(moe.n_groups, -1)
+        best = groups.topk(2).values.sum(-1).topk(moe.top_groups).indices
+        hidden_E = torch.full_like(groups, float("-inf"))
+        hidden_E[best] = groups[best]
+        ids = hidden_E.flatten().topk(moe.top_k).indices
+        weights = open_TE[t, ids] / open_TE[t, ids].sum() * moe.scale
+        routed = sum(
+            weight * mlp(f"experts.{e}.", latent[t])
+            for e, weight in zip(ids.tolist(), weights, strict=True)
+        )
+        added[t] += w["layers.1.mixer.fc2_latent_proj.weight"] @ routed
+    return plain_norm(x + added, w["layers.1.final_layernorm.weight"])
+
+
+RESTATED = {"qwen3_5": (head_of, "model.embed_tokens.weight")}
+RESTATED["nemotron_h_latent"] = (nemotron_head_of, "backbone.embeddings.weight")
+
+
+@pytest.mark.parametrize("shape", RESTATED)
 @torch.inference_mode()
-def test_drafts_are_those_of_the_restatement(tmp_path: Path) -> None:
+def test_drafts_are_those_of_the_restatement(tmp_path: Path, shape: str) -> None:
     """Several rounds of one sequence, with accepted and rejected drafts between them."""
-    path = tiny.tiny_hybrid(tmp_path / "m", seed=4)
+    path, (restated, embedding) = tiny.tiny_hybrid(tmp_path / "m", shape, seed=4), RESTATED[shape]
     llm = LLM(str(path), EngineConfig(backend="reference", draft_n=3, ctx_size=128))
     drafter = llm.pairing.drafter
     assert isinstance(drafter, MtpDrafter)
     stored = {n: t.double() for n, t in load_file(path / "model.safetensors").items()}
     head = {n.removeprefix("mtp."): t for n, t in stored.items() if n.startswith("mtp.")}
-    table, scorer = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
+    table, scorer = stored[embedding], stored["lm_head.weight"]
     states: list[Tensor] = []
     rounds: list[tuple[list[int], list[int]]] = []
     read, propose = drafter.read, drafter.propose
@@ -102,7 +159,7 @@ def test_drafts_are_those_of_the_restatement(tmp_path: Path) -> None:
         rounds.append((list(view.sequences[0].tokens), draft.tokens_BK[0].tolist()))
         tokens, hidden = list(view.sequences[0].tokens), torch.cat(states)
         for i in range(k):
-            out = head_of(head, drafter.head.config, table[tokens[1:]], hidden)
+            out = restated(head, drafter.head.config, table[tokens[1:]], hidden)
             best = int((out[-1] @ scorer.T).argmax())
             assert draft.tokens_BK[0, i] == best
             tokens.append(best)
@@ -126,8 +183,9 @@ def without(path: Path, *names: str) -> Path:
     return path
 
 
-def test_a_head_that_was_dropped_is_named(tmp_path: Path) -> None:
-    path = without(tiny.tiny_hybrid(tmp_path / "m"), "mtp.")
+@pytest.mark.parametrize("shape", RESTATED)
+def test_a_head_that_was_dropped_is_named(tmp_path: Path, shape: str) -> None:
+    path = without(tiny.tiny_hybrid(tmp_path / "m", shape), "mtp.")
     llm = LLM(str(path), EngineConfig(ctx_size=128))
     assert llm.pairing.drafter is None
     assert "claims 1 MTP layer and no mtp.* tensor is there" in llm.pairing.reason
@@ -135,11 +193,41 @@ def test_a_head_that_was_dropped_is_named(tmp_path: Path) -> None:
         LLM(str(path), EngineConfig(ctx_size=128, spec_type="mtp"))
 
 
-def test_a_head_with_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    path = without(tiny.tiny_hybrid(tmp_path / "m"), "mtp.fc")
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [("qwen3_5", "mtp.fc.weight"), ("nemotron_h_latent", "mtp.layers.1.mixer.gate.weight")],
+)
+def test_a_head_with_a_missing_tensor_is_named(tmp_path: Path, shape: str, name: str) -> None:
+    path = without(tiny.tiny_hybrid(tmp_path / "m", shape), name)
     llm = LLM(str(path), EngineConfig(ctx_size=128))
     assert llm.pairing.drafter is None
-    assert "1 of its tensors are missing, such as mtp.fc.weight" in llm.pairing.reason
+    assert f"1 of its tensors are missing, such as {name}" in llm.pairing.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_nextn_predict_layers": 2}, "2 blocks are not supported"),
+        ({"mtp_hybrid_override_pattern": "M*"}, "layers of mamba, attention are not supported"),
+    ],
+)
+def test_a_head_of_another_form_is_named(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m", "nemotron_h_latent")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    llm = LLM(str(path), EngineConfig(ctx_size=128))
+    assert llm.pairing.drafter is None and words in llm.pairing.reason
+    with pytest.raises(ModelError, match=words):
+        LLM(str(path), EngineConfig(ctx_size=128, spec_type="mtp"))
+
+
+def test_a_model_made_without_a_head_has_none(tmp_path: Path) -> None:
+    """As 3 Nano: the config claims none, either."""
+    path = tiny.tiny_target(tmp_path / "m", "nemotron_h_moe")
+    llm = LLM(str(path), EngineConfig(ctx_size=128))
+    assert llm.pairing.drafter is None and "it has none" in llm.pairing.reason
 
 
 def test_another_family_has_no_native_head(tmp_path: Path) -> None:
@@ -148,11 +236,12 @@ def test_another_family_has_no_native_head(tmp_path: Path) -> None:
         LLM(str(path), EngineConfig(ctx_size=128, spec_type="mtp"))
 
 
+@pytest.mark.parametrize("shape", RESTATED)
 @torch.inference_mode()
-def test_recorded_rounds_draft_what_plain_calls_do(tmp_path: Path) -> None:
+def test_recorded_rounds_draft_what_plain_calls_do(tmp_path: Path, shape: str) -> None:
     """Every pass of the head, of sequences that come and go, with drafts kept and not; the scores
     as well, bit for bit."""
-    path = tiny.tiny_hybrid(tmp_path / "m", seed=6, dtype="bfloat16")
+    path = tiny.tiny_hybrid(tmp_path / "m", shape, seed=6, dtype="bfloat16")
     config = EngineConfig(backend="cpu", draft_n=3, ctx_size=256, max_sequences=3)
     llm = LLM(str(path), config)
     drafter = llm.pairing.drafter

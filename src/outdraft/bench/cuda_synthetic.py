@@ -27,26 +27,27 @@ class TimedGraph(GraphProgram):
     def __init__(self, pool: Any, device: torch.device) -> None:
         """See `GraphProgram`."""
         super().__init__(pool, device)
-        self.start, self.end = timing_events()
-        self.replayed = False
-        self.before_s = 0.0
+        self.n_replays = 0
+        self._running: list[tuple[Any, Any]] = []
+        self._done_s = 0.0
 
     @property
     def seconds(self) -> float:
         """Of all replays so far."""
-        if self.replayed:
-            self.end.synchronize()
-            self.before_s += self.start.elapsed_time(self.end) / 1e3
-            self.replayed = False
-        return self.before_s
+        for start, end in self._running:
+            end.synchronize()
+            self._done_s += start.elapsed_time(end) / 1e3
+        self._running.clear()
+        return self._done_s
 
     def replay(self) -> None:
         """Launch the graph."""
-        self.before_s = self.seconds
-        self.start.record()
+        start, end = timing_events()
+        start.record()
         super().replay()
-        self.end.record()
-        self.replayed = True
+        end.record()
+        self._running.append((start, end))
+        self.n_replays += 1
 
 
 @dataclass(slots=True)

@@ -19,10 +19,9 @@ from outdraft.bench.synthetic import (
 )
 from outdraft.cache.memory import LayerMemory, Memory
 from outdraft.engine.graphs import TargetPass
-from outdraft.models import mtp
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.heads import head_family
 from outdraft.models.layers import TargetModel
-from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.base import Ops
 from outdraft.request import SamplingParams
 from outdraft.speculate.draft_model import CATCH_UP, DraftModelDrafter
@@ -46,7 +45,6 @@ def count_drafter(shape: Shape, ops: Ops) -> None:
     if isinstance(shape.drafter, AssistantConfig):
         synthetic_assistant(shape.drafter, ops, 1)
     elif shape.drafter is shape.target:
-        assert isinstance(shape.target, Qwen35Config)
         synthetic_head(shape.target, ops, 1)
     else:
         synthetic_target(shape.drafter, ops, 1, shape.family)
@@ -74,9 +72,8 @@ def synthetic_drafter(
         )
 
     if own is shape.target:
-        assert isinstance(own, Qwen35Config)
         head = synthetic_head(own, ops, n_positions)
-        return MtpDrafter(head, target, memory([*mtp.memory_layers(own)]))
+        return MtpDrafter(head, target, memory([*head_family(own).memory_layers(own)]))
     model = synthetic_target(own, ops, n_positions, shape.family)
     its_memory = memory([*shape.family.memory_layers(own)])
     its_pass = TargetPass(as_target(shape.family, own, model, ops, n_positions), its_memory)

@@ -230,12 +230,11 @@ class Rig:
         plan = StepPlan([Work(SEQUENCE, 1, 0)])
         self.runner.execute(plan, {SEQUENCE: sequence})
         (program,) = self.ops.programs
-        seconds, shares = [], []
-        for _ in range(n_tokens):
-            in_kernels = program.seconds
-            seconds.append(clock(self.runner.execute, plan, {SEQUENCE: sequence}))
-            shares.append(1 - (program.seconds - in_kernels) / seconds[-1])
-        return Decoding(median(seconds), median(shares))
+        before_s, n_before = program.seconds, program.n_replays
+        steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(n_tokens)]
+        in_kernels = (program.seconds - before_s) / (program.n_replays - n_before)
+        seconds = median(steps)
+        return Decoding(seconds, max(0.0, 1 - in_kernels / seconds))
 
     def new_sequence(self) -> Sequence:
         """The sequence behind the context, as the engine sees it: greedy, never ending."""

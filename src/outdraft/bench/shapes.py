@@ -12,8 +12,9 @@ from outdraft.errors import OutdraftError
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
 from outdraft.models.layers import TargetConfig
 from outdraft.models.ministral3 import Ministral3Config
+from outdraft.models.nemotron_h_config import NemotronHConfig
 from outdraft.models.qwen3_5_config import Qwen35Config
-from outdraft.models.registry import GEMMA4, MINISTRAL3, QWEN35, Family
+from outdraft.models.registry import GEMMA4, MINISTRAL3, NEMOTRON_H, QWEN35, Family
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 VOCAB = 262144
@@ -310,5 +311,72 @@ MINISTRAL_14B = Shape(
     MINISTRAL3,
 )
 
-_ALL = (E2B, E4B, DENSE_12B, MOE_26B, DENSE_31B, QWEN_27B, QWEN_35B, MINISTRAL_14B)
+
+def _nemotron(
+    name: str, n_params: int, n_head_params: int, pattern: str, target: dict[str, Any]
+) -> Shape:
+    """A Nemotron-H with its native head."""
+    given = target | {
+        "vocab_size": 131072,
+        "hybrid_override_pattern": pattern,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "mamba_head_dim": 64,
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "conv_kernel": 4,
+        "max_position_embeddings": 262144,
+        "layer_norm_epsilon": 1e-5,
+        "num_nextn_predict_layers": 1,
+        "mtp_hybrid_override_pattern": "*E",
+    }
+    config = NemotronHConfig.from_hf(given)
+    return Shape(name, config, config, n_params, n_head_params, NEMOTRON_H)
+
+
+LIGHTNING_30B = _nemotron(  # 3-Nano-30B-A3B is the same without the head
+    "nemotron-3.5-lightning-30b-a3b",
+    31_577_937_344,
+    1_335_325_952 - 128,  # published with the biases of its router, the others without
+    "MEMEM*E" * 5 + "MEMEMEM*E" + "MEMEMEME",
+    {
+        "hidden_size": 2688,
+        "mamba_num_heads": 64,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+        "routed_scaling_factor": 2.5,
+    },
+)
+SUPER_120B = _nemotron(
+    "nemotron-3-super-120b-a12b",
+    120_668_687_360,
+    2_942_324_736,
+    "MEMEMEM*E" * 3 + "MEMEMEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME",
+    {
+        "hidden_size": 4096,
+        "mamba_num_heads": 128,
+        "n_routed_experts": 512,
+        "num_experts_per_tok": 22,
+        "moe_intermediate_size": 2688,
+        "moe_shared_expert_intermediate_size": 5376,
+        "moe_latent_size": 1024,
+        "routed_scaling_factor": 5.0,
+    },
+)
+
+_ALL = (
+    E2B,
+    E4B,
+    DENSE_12B,
+    MOE_26B,
+    DENSE_31B,
+    QWEN_27B,
+    QWEN_35B,
+    MINISTRAL_14B,
+    LIGHTNING_30B,
+    SUPER_120B,
+)
 SHAPES = {shape.name: shape for shape in _ALL}

@@ -18,6 +18,8 @@ PARTS = {
     "short_conv": "recurrence",
     "delta_rule": "recurrence",
     "gated_norm": "recurrence",
+    "scan": "recurrence",
+    "group_norm": "recurrence",
 }
 
 

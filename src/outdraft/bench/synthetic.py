@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.models import gemma4_assistant, mtp
+from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.models.heads import NativeHead, head_family
 from outdraft.models.layers import TargetConfig, TargetModel
-from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import GEMMA4, Family
 from outdraft.ops.arena import Arena
-from outdraft.ops.base import Ops, Role
+from outdraft.ops.base import Ops, Role, SigmoidRouter
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PANEL_ROWS, Format, PackedLinear, part_bytes
 from outdraft.ops.program import Program
@@ -42,12 +42,14 @@ class TimedProgram(Program):
         """An empty program."""
         super().__init__(arena)
         self.seconds = 0.0
+        self.n_replays = 0
 
     def replay(self) -> None:
         """Run all recorded calls."""
         start = time.perf_counter()
         super().replay()
         self.seconds += time.perf_counter() - start
+        self.n_replays += 1
 
 
 @dataclass(slots=True)
@@ -92,6 +94,12 @@ class SyntheticOps(CpuOps):
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.route`."""
         ids_TA, weights_TA = CpuOps.route(self, scores_TE, count, per_expert_E)
+        self.routed.append(ids_TA)
+        return ids_TA, weights_TA
+
+    def route_sigmoid(self, scores_TE: Tensor, router: SigmoidRouter) -> tuple[Tensor, Tensor]:
+        """See `Ops.route_sigmoid`."""
+        ids_TA, weights_TA = CpuOps.route_sigmoid(self, scores_TE, router)
         self.routed.append(ids_TA)
         return ids_TA, weights_TA
 
@@ -161,10 +169,11 @@ def synthetic_assistant(config: AssistantConfig, ops: Ops, n_positions: int) -> 
     return Gemma4Assistant(config, weights, ops, n_positions)
 
 
-def synthetic_head(config: Qwen35Config, ops: Ops, n_positions: int) -> mtp.MtpHead:
+def synthetic_head(config: TargetConfig, ops: Ops, n_positions: int) -> NativeHead:
     """A native head whose weights `ops` makes up (or only counts)."""
-    weights = placeholders(mtp.expected_tensors(config), ops.device)
-    return mtp.MtpHead(config, weights, ops, n_positions)
+    family = head_family(config)
+    weights = placeholders(family.expected_tensors(config), ops.device)
+    return family.build(config, weights, ops, n_positions)
 
 
 def placeholders(
@@ -178,7 +187,7 @@ def placeholders(
     """
     made: dict[str, Tensor | StoredWeight] = {}
     for name, tensor in expected.items():
-        if tensor.dtype is not None:
+        if tensor.dtype is not None and not tensor.dtype.is_floating_point:
             made[name] = torch.arange(tensor.shape[0], dtype=tensor.dtype, device=device)
         elif len(tensor.shape) == 1:
             made[name] = torch.ones(tensor.shape, device=device)

@@ -20,11 +20,13 @@ from outdraft.ops.base import (
     PAGE_SLOTS,
     AttentionRows,
     DeltaNet,
+    Fuses,
     Heads,
     KvPages,
     Ops,
     PageSlots,
     StateRows,
+    StateSpace,
 )
 
 
@@ -38,12 +40,16 @@ class CausalAttend:
     rows: Mapping[str, AttentionRows]
     states: StateRows | None = None
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Rows beyond the spans (padding) are not stored and get zeros."""
         spec = self.memory.layers[layer]
         store = self.memory.groups[spec.group].layers[spec.source]
         slots, rows = self.slots[spec.group], self.rows[spec.group]
         n_rows = slots.page_T.shape[0]
+        if k is not None and v is not None and isinstance(self.ops, Fuses):
+            q_THD = self.ops.turn_and_write(q, k, v, store, slots)
+            return self.ops.attention(q_THD, store, rows, 1.0)
+        q_THD = q.value(self.ops)
         if k is not None and v is not None:
             write_rows(self.ops, k, store.k_PGSD, store.k_scales_PGS, slots)
             write_rows(self.ops, v, store.v_PGSD, store.v_scales_PGS, slots)
@@ -58,6 +64,16 @@ class CausalAttend:
             qkv_TC, a_TH[:n], b_TH[:n], net.gates, store.state_SHKV, self.states, net.n_k_heads
         )
         return pad_back(out_THV, x_TC.shape[0])
+
+    def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
+        """See `Attend`. Rows beyond the spans (padding) are zeros."""
+        assert self.states is not None and self.memory.recurrent is not None
+        store, n = self.memory.recurrent.layers[layer], self.states.sequence_T.shape[0]
+        x_nC = self.ops.short_conv(
+            x_TC[:n], space.conv_WC, store.inputs_SWC, self.states, space.conv_bias_C
+        )
+        out_THP = self.ops.scan(x_nC, dt_TH[:n], space, store.state_SHKV, self.states)
+        return pad_back(out_THP, x_TC.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +151,25 @@ def causal_numbers(
     return memory.tables.behind(rows)
 
 
+def further_numbers(memory: Memory, numbers: Tensor, n_rows: int) -> Tensor | None:
+    """`causal_numbers` of the next row of each sequence of a call that has one row of each.
+
+    The tokens are those of that call. None where a row begins a page, and with recurrent layers.
+    """
+    if memory.recurrent is not None:
+        return None
+    further = numbers.clone()
+    rows = further[: (4 + 2 * len(memory.groups)) * n_rows].numpy().reshape(-1, n_rows)
+    position_T, slot_T = rows[1], rows[3]
+    position_T += 1
+    slot_T += 1
+    if (slot_T == PAGE_SLOTS).any():
+        return None
+    for i, group in enumerate(memory.groups.values()):
+        rows[5 + 2 * i] = first_visible(position_T, group.window)
+    return further
+
+
 def first_visible(newest_T: Ints, window: int | None) -> Ints | int:
     """The first key that a row sees whose last is `newest_T`."""
     return 0 if window is None else np.maximum(newest_T - (window - 1), 0)
@@ -148,10 +183,10 @@ class ReadOnlyAttend:
     stores: Sequence[KvPages]
     rows: Sequence[AttentionRows]
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Rows beyond those that see anything (padding) get zeros."""
         assert k is None and v is None
-        rows = self.rows[layer]
+        rows, q_THD = self.rows[layer], q.value(self.ops)
         out = self.ops.attention(q_THD[: rows.lo_T.shape[0]], self.stores[layer], rows, 1.0)
         return pad_back(out, q_THD.shape[0])
 

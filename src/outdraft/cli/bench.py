@@ -56,6 +56,7 @@ def bench(
     peer: Peers = None,
     llama_server: LlamaServer = None,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,
     device: options.Card = "auto",

@@ -21,7 +21,8 @@ def bench_shape(
         typer.Argument(
             metavar="SHAPE",
             help="gemma-4-e2b, gemma-4-e4b, gemma-4-12b, gemma-4-26b-a4b, gemma-4-31b, "
-            "qwen3.6-27b, qwen3.6-35b-a3b or ministral-14b.",
+            "qwen3.6-27b, qwen3.6-35b-a3b, ministral-14b, "
+            "nemotron-3.5-lightning-30b-a3b or nemotron-3-super-120b-a12b.",
             show_default=False,
         ),
     ],

@@ -53,6 +53,7 @@ def bench_throughput(
         ),
     ] = "own",
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_draft_n_max: options.DraftMax = None,
     device: options.Card = "auto",
     backend: options.Kernels = "auto",

@@ -46,6 +46,7 @@ def chat(
     max_thinking_tokens: options.Thinking = None,
     seed: options.Seed = None,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,

@@ -21,14 +21,22 @@ from outdraft.bench.synthetic import (
 from outdraft.cache.memory import LayerMemory, kv_layers, plan_pages, plan_states
 from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.cli.findings import Checkup
-from outdraft.config import DEFAULT_CTX_SIZE
+from outdraft.cli.headers import HeadersOnly, quantisation_of
+from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.engine.fit import DEFAULT_SEQUENCES
 from outdraft.errors import ModelError, PairingError
-from outdraft.models import gemma4_assistant, gemma4_config, mtp
+from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.heads import has_heads, head_family
 from outdraft.models.layers import TargetConfig
-from outdraft.models.qwen3_5_config import Qwen35Config
-from outdraft.models.registry import CANDIDATES, DTYPES, TARGETS, family_of, open_weights
+from outdraft.models.registry import (
+    CANDIDATES,
+    DTYPES,
+    TARGETS,
+    family_of,
+    find_adapter,
+    open_weights,
+)
 from outdraft.ops.packed import Format
 from outdraft.speculate.build import HEAD_DRAFTS, MODEL_DRAFTS, read_assistant_config
 from outdraft.speculate.draft_model import check_vocabularies
@@ -38,10 +46,8 @@ from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.find import find_assistant, resolve_model
-from outdraft.weights.int4 import int4_scheme
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 from outdraft.weights.packed_cache import PackedCache, packing_key
-from outdraft.weights.quantise import is_int8_channel
 
 NOT_GEMMA = (
     "an assistant is for a Gemma 4 target, and this is none",
@@ -52,7 +58,7 @@ KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
 # First match wins: part of a tensor's name -> the group that its parameters are counted in.
 PARAMETER_GROUPS = (
     ("embed_tokens_per_layer", "per-layer embeddings"),
-    ("embed_tokens", "embedding"),
+    ("embed", "embedding"),
     ("lm_head", "head"),
     ("norm", "norms and scalars"),
     ("scal", "norms and scalars"),
@@ -64,21 +70,18 @@ PARAMETER_GROUPS = (
 )
 
 
-class HeadersOnly(Checkpoint):
-    """A checkpoint whose tensors have shapes and types but no data."""
-
-    def get(self, name: str) -> torch.Tensor:
-        """A tensor of the `meta` device."""
-        spec = self.spec(name)
-        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-
-
-def examine(path: Path, assistant: str | None = None, cache: PackedCache | None = None) -> Checkup:
+def examine(
+    path: Path,
+    assistant: str | None = None,
+    cache: PackedCache | None = None,
+    adapter: str | None = None,
+) -> Checkup:
     """Look at a target's or an assistant's directory.
 
     Args:
         assistant: the drafter to pair a target with; None looks for one.
         cache: where to look for its packed weights.
+        adapter: what is to be added to the target's weights.
     """
     found = Checkup(path)
     raw = _read_config(found)
@@ -91,7 +94,8 @@ def examine(path: Path, assistant: str | None = None, cache: PackedCache | None 
     target = _examine_target(found, raw, checkpoint)
     if target is not None and checkpoint is not None:
         build = partial(synthetic_target, target, n_positions=1, family=family_of(raw, path))
-        note_packed(found, raw, checkpoint, build, target.dtype, cache)
+        key = _examine_adapter(found, target, adapter)
+        note_packed(found, raw, checkpoint, build, target.dtype, cache, key)
     _read_text(found)
     if target is not None:
         _find_drafter(found, target, assistant, cache)
@@ -109,6 +113,7 @@ def note_packed(
     build: Callable[[CountingOps], object],
     dtype: str,
     cache: PackedCache | None,
+    adapter: str | None = None,
 ) -> None:
     """Count what the kernels' weights take in each format, and look for their files."""
     is_drafter = found.kind in ("assistant", "native head")
@@ -119,9 +124,25 @@ def note_packed(
         found.packed_bytes[format] = ops.n_bytes
         if cache is None or found.problems or dtype not in DTYPES:
             continue
-        path = cache.path(packing_key(checkpoint, raw, format, CANDIDATES, DTYPES[dtype]))
+        key = packing_key(checkpoint, raw, format, CANDIDATES, DTYPES[dtype], adapter)
+        path = cache.path(key)
         if path.exists():
             found.packed_files[format] = str(path)
+
+
+def _examine_adapter(found: Checkup, config: TargetConfig, name: str | None) -> str | None:
+    """Check an adapter against the target; the digest of its files."""
+    try:
+        family = TARGETS[str(found.model_type)]
+        adapter = find_adapter(EngineConfig(adapter=name), family, config)
+    except ModelError as error:
+        found.note("adapter", error)
+        return None
+    if adapter is None:
+        return None
+    ranks = ", ".join(map(str, adapter.ranks))
+    found.adapter = f"{adapter.directory}: LoRA of rank {ranks} on {len(adapter.pairs)} matrices"
+    return adapter.key
 
 
 def _read_config(found: Checkup) -> Mapping[str, Any]:
@@ -136,19 +157,6 @@ def _read_config(found: Checkup) -> Mapping[str, Any]:
     except ModelError as error:
         found.note("quantisation", error)
     return raw
-
-
-def quantisation_of(raw: Mapping[str, Any]) -> str | None:
-    """What a config declares of its weights, in words; None for floating point.
-
-    Raises:
-        ModelError: a quantisation that is not supported.
-    """
-    four = int4_scheme(raw)
-    if four is not None:
-        zeros = " with zero-points" if four.zero_points else ""
-        return f"int4 ({four.method}), one scale for {four.group} inputs{zeros}"
-    return "int8, one scale a row" if is_int8_channel(raw) else None
 
 
 def _open_weights(found: Checkup) -> Checkpoint | None:
@@ -282,7 +290,7 @@ def _read_text(found: Checkup) -> None:
 def _find_drafter(
     found: Checkup, config: TargetConfig, asked: str | None, cache: PackedCache | None
 ) -> None:
-    if isinstance(config, Qwen35Config) and asked is None:
+    if has_heads(config) and asked is None:
         _examine_head(found, config, cache)
         return
     if asked is not None and _examine_draft_model(found, asked, cache):
@@ -338,7 +346,7 @@ def _examine_draft_model(found: Checkup, asked: str, cache: PackedCache | None) 
     return True
 
 
-def _examine_head(found: Checkup, config: Qwen35Config, cache: PackedCache | None) -> None:
+def _examine_head(found: Checkup, config: TargetConfig, cache: PackedCache | None) -> None:
     """The MTP head in a target's own checkpoint, if all of it is there."""
     try:
         missing = find_head(found.path, config)
@@ -352,9 +360,10 @@ def _examine_head(found: Checkup, config: Qwen35Config, cache: PackedCache | Non
     head = found.drafter = Checkup(found.path, "native head")
     raw, checkpoint = _read_config(head), _open_weights(head)
     head.n_draft_default = HEAD_DRAFTS
-    _count_memory(head, mtp.memory_layers(config))
-    tensors = mtp.expected_tensors(config)
-    _check_tensors(head, checkpoint, tensors, mtp.IGNORED, mtp.PREFIXES, raw)
+    family = head_family(config)
+    _count_memory(head, family.memory_layers(config))
+    tensors = family.expected_tensors(config)
+    _check_tensors(head, checkpoint, tensors, family.ignored, family.prefixes, raw)
     head.ignored, head.n_tensors = [], None  # those of the target
     if checkpoint is not None:
         build = partial(synthetic_head, config, n_positions=1)

@@ -36,6 +36,7 @@ class Checkup:
     stored_params: dict[str, int] = field(default_factory=dict)
     params_by_group: dict[str, int] = field(default_factory=dict)
     quantisation: str | None = None
+    adapter: str | None = None
     ignored: list[dict[str, str | int]] = field(default_factory=list)
     packed_bytes: dict[str, int] = field(default_factory=dict)
     packed_files: dict[str, str] = field(default_factory=dict)

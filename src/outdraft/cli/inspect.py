@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False)
 def inspect(
     model: options.Model,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     cache_dir: options.CacheDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -35,7 +36,7 @@ def inspect(
     from outdraft.weights.packed_cache import PackedCache
 
     cache = PackedCache(Path(cache_dir) if cache_dir else options.default_cache_dir())
-    found = examine(resolve_model(model), assistant, cache)
+    found = examine(resolve_model(model), assistant, cache, adapter)
     if as_json:
         print(json.dumps(as_object(found), ensure_ascii=False, indent=2))
     else:
@@ -103,6 +104,8 @@ def facts(found: "Checkup") -> list[tuple[str, str]]:
         rows.append(("  elements", stored))
     if found.shape:
         rows.append(("quantisation", found.quantisation or "none"))
+    if found.adapter is not None:
+        rows.append(("adapter", found.adapter))
     if found.packed_bytes:
         sizes = (f"{size(n)} {format}" for format, n in found.packed_bytes.items())
         rows.append(("packed", ", ".join(sizes)))

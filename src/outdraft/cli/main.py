@@ -33,7 +33,9 @@ VERBS = {
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "verify": "Prove on this machine that drafting, batching and caching change no token.",
     "tune": "Make the drafter fit a target, on the target's own answers.",
+    "distill": "Teach a student what a teacher answers, calls of tools included.",
     "train": "Train a target and its drafter from text.",
+    "pretrain": "Train a hybrid with a native head from text.",
 }
 UNFORESEEN, WRONG_USE = 1, 2
 

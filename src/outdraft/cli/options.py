@@ -25,6 +25,9 @@ Assistant = Annotated[
     str | None,
     typer.Option(help="The drafter's directory or id; found by itself if not given."),
 ]
+Adapter = Annotated[
+    str | None, typer.Option(help="A LoRA adapter (PEFT) to add to the model's weights.")
+]
 Spec = Annotated[
     SpecType,
     typer.Option(

@@ -75,6 +75,7 @@ def serve(
     prefix_cache: PrefixCache = True,
     kept_states: KeptStates = None,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,

@@ -18,6 +18,7 @@ def verify(
     ctx: typer.Context,
     model: options.Model,
     assistant: options.Assistant = None,
+    adapter: options.Adapter = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_sample: options.DraftSample = True,

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
+from outdraft.engine.ahead import Ahead
 from outdraft.models.registry import Target
+from outdraft.ops.base import Fuses
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
@@ -55,18 +57,33 @@ class TargetPass:
         self.memory = memory
         self.recorder = target.ops if isinstance(target.ops, Recordable) else None
         self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self.ahead = Ahead()
 
-    def run(self, tokens: list[int], spans: Sequence[Span], wanted: list[int]) -> Pass:
+    def run(
+        self,
+        tokens: list[int],
+        spans: Sequence[Span],
+        wanted: list[int],
+        *,
+        ahead: bool = False,
+        drafts: Tensor | None = None,
+    ) -> Pass:
         """One pass; `memory.reserve` comes first.
 
         Args:
             tokens: of all rows.
             spans: which rows belong to which sequence; they stand behind its length.
             wanted: rows that need logits, ascending.
+            ahead: the next pass will probably have one row a sequence, each with the best token of
+                its row here: where that can be done it is launched at once (`ahead.py`), and the
+                logits of this one are lost.
+            drafts: int32 on the device, the tokens of the last rows, in the place of those given.
         """
         numbers = causal_numbers(self.memory, spans, tokens)
         if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
-            return self._replay(self.recorder, numbers, len(tokens))
+            return self._replay(self.recorder, numbers, len(tokens), drafts, ahead=ahead)
+        assert drafts is None
+        self.ahead.drop()
         call = CausalCall.of(self.memory, self.ops, numbers)
         multiple = self.ops.row_multiple  # padded once here, so that no operation has to
         hidden_TH = self.model.forward(
@@ -79,7 +96,15 @@ class TargetPass:
         best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
         return Pass(hidden_TH, logits_RV, best_R.cpu())
 
-    def _replay(self, recorder: Recordable, numbers: Tensor, n_rows: int) -> Pass:
+    def _replay(
+        self,
+        recorder: Recordable,
+        numbers: Tensor,
+        n_rows: int,
+        drafts: Tensor | None,
+        *,
+        ahead: bool,
+    ) -> Pass:
         key = n_rows, numbers.shape[0]
         recorded = self.recordings.get(key)
         if recorded is None:
@@ -88,8 +113,16 @@ class TargetPass:
             if len(self.recordings) > MAX_RECORDED_ROWS:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
-        recorded.call.numbers.copy_(numbers)
-        recorded.program.replay()
+        if not self.ahead.has(recorded.call, numbers):
+            recorded.call.numbers.copy_(numbers)
+            if drafts is not None:
+                recorded.call.token_T[n_rows - drafts.shape[0] :].copy_(drafts)
+            recorded.program.replay()
+        if ahead and recorder.records_all:
+            done = recorded.hidden_TH, recorded.logits_TV, recorded.best_T
+            return Pass(
+                *self.ahead.launch(self.memory, recorded.call, recorded.program, numbers, done)
+            )
         best_T = recorded.best_T
         if not recorder.records_all:
             best_T = finite_or_none(recorded.logits_TV, best_T)
@@ -101,6 +134,8 @@ class TargetPass:
         def run() -> tuple[Tensor, Tensor, Tensor]:
             hidden_TH = self.model.forward(call.token_T, call.position_T, call.attend)
             logits_TV = self.model.logits(hidden_TH)
+            if isinstance(self.ops, Fuses):
+                return hidden_TH, logits_TV, self.ops.best_or_none(logits_TV)
             best_T = self.ops.argmax(logits_TV)
             if recorder.records_all:
                 best_T = finite_or_none(logits_TV, best_T)

@@ -290,6 +290,7 @@ class Runner:
     def _ask(
         self, drafter: Drafter, work: Seq[Work], sequences: Mapping[str, Sequence]
     ) -> _Proposal:
+        self.target_pass.ahead.drop()
         asking = [sequences[w.sequence] for w in work]
         view = self._view(
             [
@@ -350,7 +351,18 @@ class Runner:
             if w.n_rows == sequence.n_pending:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
-        return self.target_pass.run(tokens, spans, wanted)
+        return self.target_pass.run(tokens, spans, wanted, ahead=self._goes_on(work, sequences))
+
+    def _goes_on(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> bool:
+        """Whether one sequence decodes plainly and greedily and will probably go on to do so."""
+        if len(work) != 1 or self.logits_log is not None or isinstance(self.drafter, ReadsStates):
+            return False
+        w, sequence = work[0], sequences[work[0].sequence]
+        params = sequence.request.params
+        plain = w.n_rows == 1 and w.n_drafts == 0 and sequence.stats.n_passes > 0
+        asked = params.logprobs is not None or params.prompt_logprobs is not None
+        greedy = params.greedy and sequence.sampler is None and not asked
+        return plain and greedy and len(sequence.tokens) + 1 < sequence.limit
 
     def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""

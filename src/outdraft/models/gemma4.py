@@ -17,8 +17,14 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer
 from outdraft.models.gemma4_config import Gemma4Config, LayerKind
-from outdraft.models.layers import Attend, at_least_fp32, inverse_frequencies, rotary_table
-from outdraft.ops.base import Heads, Ops, Rotary, Weight
+from outdraft.models.layers import (
+    Attend,
+    at_least_fp32,
+    gated_linear,
+    inverse_frequencies,
+    rotary_table,
+)
+from outdraft.ops.base import Fuses, Heads, Ops, Rotary, Weight
 from outdraft.ops.stored import StoredWeight, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 
@@ -159,6 +165,8 @@ class Layer:
                 norms[name] = at_least_fp32(tensor)
             else:
                 matrices[name] = ops.pack(tensor, "router" if "router" in name else "linear")
+        if "router.scale" in norms and isinstance(ops, Fuses):
+            norms["router.gain"] = norms["router.scale"] * norms["router.scale"].shape[0] ** -0.5
         return cls(norms, matrices, scalar, gate_up[0].shape[0])
 
 
@@ -237,6 +245,9 @@ class Gemma4:
             mixed = self._attention(
                 index, layer, normed, rotary[self.config.layer_types[index]], attend
             )
+            if self.config.moe is not None and isinstance(self.ops, Fuses):
+                x, normed = self._mixture(self.ops, layer, mixed, x, next_norm)
+                continue
             x, normed = self.ops.add_norm(
                 mixed,
                 x,
@@ -268,7 +279,7 @@ class Gemma4:
         n_rows = normed.shape[0]
         heads = self.ops.linear(normed, layer.matrices["qkv"]).view(n_rows, -1, shape.head_dim)
         q_norm = layer.norms["self_attn.q_norm"]
-        q = self.ops.norm_rope(heads[:, : shape.n_heads], q_norm, rotary, eps)
+        q = Heads(heads[:, : shape.n_heads], q_norm, rotary, eps)
         k = v = None
         if self.config.kv_source(index) == index:
             raw_k = heads[:, shape.n_heads : shape.n_heads + shape.n_kv_heads]
@@ -280,8 +291,7 @@ class Gemma4:
 
     def _feedforward(self, layer: Layer, x: Tensor, normed: Tensor) -> Tensor:
         """Before its last norm."""
-        inner = self.ops.linear(normed, layer.matrices["gate_up"])
-        gated = self.ops.gated(inner[:, : layer.inner], inner[:, layer.inner :])
+        gated = gated_linear(self.ops, normed, layer.matrices["gate_up"], layer.inner)
         y = self.ops.linear(gated, layer.matrices["mlp.down_proj"])
         if self.config.moe is None:
             return y
@@ -290,6 +300,31 @@ class Gemma4:
         routed = self._experts(layer, x)
         routed = self.ops.rms_norm(routed, layer.norms["post_feedforward_layernorm_2"], eps)
         return self.ops.add(routed, dense)
+
+    def _mixture(
+        self, ops: Fuses, layer: Layer, mixed: Tensor, x: Tensor, next_norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What follows attention in a layer with experts, in few calls: x and its next norm."""
+        moe, eps, own = self.config.moe, self.config.rms_norm_eps, layer.norms
+        assert moe is not None
+        names = ("pre_feedforward_layernorm", "router.gain", "pre_feedforward_layernorm_2")
+        x, (normed, for_router, for_experts) = ops.add_norms(
+            mixed, x, own["post_attention_layernorm"], eps, [own[name] for name in names]
+        )
+        gated = gated_linear(self.ops, normed, layer.matrices["gate_up"], layer.inner)
+        dense = self.ops.linear(gated, layer.matrices["mlp.down_proj"])
+        scores_TE = self.ops.linear(for_router, layer.matrices["router.proj"], torch.float32)
+        return ops.add_mixture(
+            for_experts,
+            (layer.matrices["experts.gate_up_proj"], layer.matrices["experts.down_proj"]),
+            self.ops.route(scores_TE, moe.top_k, own["router.per_expert_scale"]),
+            dense,
+            x,
+            [own[f"post_feedforward_layernorm{i}"] for i in ("_2", "_1", "")],
+            eps,
+            scale=layer.scalar,
+            next_weight=next_norm,
+        )
 
     def _experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Routed experts; the router reads the residual stream through its own norm."""
@@ -323,6 +358,11 @@ class Gemma4:
     def _per_layer_update(self, index: int, layer: Layer, x: Tensor, ple_TL: Tensor) -> Tensor:
         """Before its norm."""
         size = self.config.ple_size
-        gate = self.ops.linear(x, layer.matrices["per_layer_input_gate"])
-        gated = self.ops.gated(gate, ple_TL[:, index * size : (index + 1) * size])
+        own_TP = ple_TL[:, index * size : (index + 1) * size]
+        if isinstance(self.ops, Fuses):
+            gated = self.ops.gated_linear(x, layer.matrices["per_layer_input_gate"], own_TP)
+        else:
+            gated = self.ops.gated(
+                self.ops.linear(x, layer.matrices["per_layer_input_gate"]), own_TP
+            )
         return self.ops.linear(gated, layer.matrices["per_layer_projection"])

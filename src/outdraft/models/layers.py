@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import ModelError
-from outdraft.ops.base import DeltaNet, Heads, Ops
+from outdraft.ops.base import Activation, DeltaNet, Fuses, Heads, Ops, StateSpace, Weight
 
 
 class Attend(Protocol):
@@ -20,7 +20,7 @@ class Attend(Protocol):
     sequences.
     """
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """Store k and v (None: the layer reads another layer's) and attend; [T, H, D]."""
         ...
 
@@ -31,6 +31,10 @@ class Recurs(Protocol):
 
     def recur(self, layer: int, x_TC: Tensor, a_TH: Tensor, b_TH: Tensor, net: DeltaNet) -> Tensor:
         """Convolution and gated delta rule from the layer's states on, fp32 [T, H, V]."""
+        ...
+
+    def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
+        """Convolution and Mamba 2 recurrence from the layer's states on, fp32 [T, H, P]."""
         ...
 
 
@@ -119,3 +123,13 @@ def rotary_table(
     """cos and sin for pairs (i, i + D/2) at positions 0 .. n - 1, each fp32 [n, D/2]."""
     angles = torch.arange(n_positions)[:, None].float() * inverse_D2[None, :]
     return angles.cos().to(device), angles.sin().to(device)
+
+
+def gated_linear(
+    ops: Ops, x_TK: Tensor, gate_up: Weight, inner: int, activation: Activation = "gelu_tanh"
+) -> Tensor:
+    """The first `inner` outputs of a linear gate the others; [T, inner]."""
+    if isinstance(ops, Fuses):
+        return ops.gated_linear(x_TK, gate_up, None, activation)
+    both = ops.linear(x_TK, gate_up)
+    return ops.gated(both[:, :inner], both[:, inner:], activation)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer
 from outdraft.errors import ModelError
-from outdraft.models.layers import Attend, at_least_fp32, positive, rotary_table
+from outdraft.models.layers import Attend, at_least_fp32, gated_linear, positive, rotary_table
 from outdraft.ops.base import Heads, Ops, Rotary, Weight
 from outdraft.ops.stored import stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
@@ -296,14 +296,13 @@ class Ministral3:
         for index, layer in enumerate(self.layers):
             normed = ops.rms_norm(x, layer.before_attention, eps)
             heads = ops.linear(normed, layer.qkv).view(x.shape[0], -1, config.head_dim)
-            q = ops.norm_rope(heads[:, :n_q], None, queries, None)
+            q = Heads(heads[:, :n_q], None, queries, None)
             k = Heads(heads[:, n_q : n_q + n_kv], None, keys, None)
             v = Heads(heads[:, n_q + n_kv :], None, None, None)
             mixed = attend(index, q, k, v).reshape(x.shape[0], -1)
             x = ops.add(ops.linear(mixed, layer.out), x)
-            inner = ops.linear(ops.rms_norm(x, layer.before_mlp, eps), layer.gate_up)
-            width = config.intermediate_size
-            gated = ops.gated(inner[:, :width], inner[:, width:], "silu")
+            normed, width = ops.rms_norm(x, layer.before_mlp, eps), config.intermediate_size
+            gated = gated_linear(ops, normed, layer.gate_up, width, "silu")
             x = ops.add(ops.linear(gated, layer.down), x)
         return ops.rms_norm(x, self.norm, eps)
 

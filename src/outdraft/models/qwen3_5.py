@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer, LayerMemory
 from outdraft.cache.recurrent import RecurrentLayer
-from outdraft.models.layers import Attend, Recurs, at_least_fp32, rotary_table
+from outdraft.models.layers import Attend, Recurs, at_least_fp32, gated_linear, rotary_table
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.base import DeltaGates, DeltaNet, Heads, Ops, Rotary
 from outdraft.ops.stored import StoredWeight, reorder, stack
@@ -165,7 +165,7 @@ class Attention:
         config, eps = self.config, self.config.rms_norm_eps
         n, n_rows = config.n_heads, normed.shape[0]
         heads = self.ops.linear(normed, self.qgkv).view(n_rows, -1, config.head_dim)
-        q = self.ops.norm_rope(heads[:, :n], self.q_norm, queries, eps)
+        q = Heads(heads[:, :n], self.q_norm, queries, eps)
         k = Heads(heads[:, 2 * n : 2 * n + config.n_kv_heads], self.k_norm, keys, eps)
         v = Heads(heads[:, 2 * n + config.n_kv_heads :], None, None, None)
         mixed = attend(index, q, k, v).reshape(n_rows, -1)
@@ -231,9 +231,7 @@ class Mlp:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] of normed rows."""
         ops, moe = self.ops, self.config.moe
-        inner = ops.linear(x, self.gate_up)
-        gated = ops.gated(inner[:, : self.inner], inner[:, self.inner :], "silu")
-        dense = ops.linear(gated, self.down)
+        dense = ops.linear(gated_linear(ops, x, self.gate_up, self.inner, "silu"), self.down)
         if moe is None:
             return dense
         ids_TA, weights_TA = ops.route(ops.linear(x, self.router, torch.float32), moe.top_k, None)

@@ -17,10 +17,19 @@ from outdraft.cache.memory import LayerMemory
 from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
 from outdraft.device import find_device, has_dependent_launch
 from outdraft.errors import ModelError
-from outdraft.models import gemma4, gemma4_config, ministral3, qwen3_5, qwen3_5_config
+from outdraft.models import (
+    gemma4,
+    gemma4_config,
+    ministral3,
+    nemotron_h,
+    nemotron_h_config,
+    qwen3_5,
+    qwen3_5_config,
+)
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, TARGET_TYPES, Gemma4Config
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.ministral3 import Ministral3Config
+from outdraft.models.nemotron_h_config import NemotronHConfig
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.base import Ops
 from outdraft.ops.cpu import HEAD_DIM_MULTIPLE, CpuOps
@@ -28,8 +37,10 @@ from outdraft.ops.packed import Format
 from outdraft.ops.reference import ReferenceOps, rows_are_independent
 from outdraft.ops.stored import pack_stored
 from outdraft.ops.threads import set_threads
+from outdraft.weights.adapter import Adapter, open_adapter
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
+from outdraft.weights.find import resolve_model
 from outdraft.weights.int4 import int4_scheme
 from outdraft.weights.load import ExpectedTensor, IgnoreRule, LoadReport, Weights, open_tensors
 from outdraft.weights.loading import Loading
@@ -97,10 +108,22 @@ QWEN35 = Family(
     cpu_only="the kernels of its recurrent layers are for CPUs",
 )
 
+NEMOTRON_H = Family(
+    read_config=NemotronHConfig.from_hf,
+    expected_tensors=nemotron_h.expected_tensors,
+    ignore_rules=nemotron_h.ignore_rules,
+    memory_layers=nemotron_h.memory_layers,
+    build=nemotron_h.NemotronH,
+    prefixes=nemotron_h.PREFIXES,
+    describe=nemotron_h_config.describe,
+    cpu_only="the kernels of its recurrent layers are for CPUs",
+)
+
 TARGETS: dict[str, Family] = {
     **dict.fromkeys(TARGET_TYPES, GEMMA4),
     **dict.fromkeys(ministral3.MODEL_TYPES, MINISTRAL3),
     **dict.fromkeys(qwen3_5_config.MODEL_TYPES, QWEN35),
+    **dict.fromkeys(nemotron_h_config.MODEL_TYPES, NEMOTRON_H),
 }
 
 
@@ -116,6 +139,7 @@ class Target:
     dtype: torch.dtype
     ops: Ops
     ctx_size: int
+    adapter: Adapter | None = None
 
 
 def family_of(config: Mapping[str, Any], path: Path) -> Family:
@@ -251,12 +275,28 @@ def load_target(path: Path, engine: EngineConfig, loading: Loading | None = None
         prefixes=family.prefixes,
         dtype=torch_dtype,
     )
+    adapter = find_adapter(engine, family, config)
+    if adapter is not None:
+        weights.changed = adapter.merged
     ops = choose_ops(engine, config, stored_bits=bits, weights=weights.matrices())
     set_threads(engine.threads, compiled=isinstance(ops, CpuOps))
     n_positions = min(config.max_position_embeddings, engine.ctx_size or DEFAULT_CTX_SIZE)
-    with packing(ops, weights, raw, engine, loading):
+    key = None if adapter is None else adapter.key
+    with packing(ops, weights, raw, engine, loading, adapter=key):
         model = family.build(config, weights, ops, n_positions)
-    return Target(path, family, config, model, report, torch_dtype, ops, n_positions)
+    return Target(path, family, config, model, report, torch_dtype, ops, n_positions, adapter)
+
+
+def find_adapter(engine: EngineConfig, family: Family, config: TargetConfig) -> Adapter | None:
+    """The adapter that was asked for, checked against the model.
+
+    Raises:
+        ModelError: it is not on this machine, not supported, or for another model.
+    """
+    if engine.adapter is None:
+        return None
+    expected, ignore = family.expected_tensors(config), family.ignore_rules(config)
+    return open_adapter(resolve_model(engine.adapter), expected, ignore, family.prefixes)
 
 
 @contextmanager
@@ -266,11 +306,14 @@ def packing(
     raw: Mapping[str, Any],
     engine: EngineConfig,
     loading: Loading | None = None,
+    *,
+    adapter: str | None = None,
 ) -> Iterator[None]:
     """While it lasts, `ops` packs these weights, from the cache or into it if there is one.
 
     Args:
         raw: the model's config.json.
+        adapter: digest of what is added to the weights.
     """
     weights.stored, weights.device = not isinstance(ops, ReferenceOps), ops.device
     loading = loading or Loading()
@@ -282,7 +325,9 @@ def packing(
         return
     file, cache = None, packed_cache(engine)
     if cache is not None:
-        key = packing_key(weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype)
+        key = packing_key(
+            weights.checkpoint, raw, ops.format, ops.candidates, weights.dtype, adapter
+        )
         file = CacheFile(cache, key, estimated_bytes(weights.n_params, ops.format))
     try:
         with packer(weights.checkpoint, weights.n_bytes, file, loading) as ops.packer:

@@ -10,8 +10,9 @@ Shapes: T rows (tokens), K inputs, N outputs, H query heads, G key/value heads, 
 P pages, S slots in a page, B sequences, E experts, A experts used by a row, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ PAGE_SLOTS = 64
 """Key/value positions held by one page. Attention sums page by page, so this is part of the bits
 of the output and is the same for every sequence."""
 
-Activation = Literal["gelu_tanh", "silu", "sigmoid"]
+Activation = Literal["gelu_tanh", "silu", "sigmoid", "relu"]
 
 Role = Literal["linear", "embedding", "router"]
 """What a weight is for, which decides how few bits it may get."""
@@ -130,6 +131,40 @@ class DeltaNet:
     n_k_heads: int
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """Weights of a Mamba 2 layer's recurrence; all fp32.
+
+    Convolution [W, C] and its bias [C] or None; `decay_H` is -exp(A_log); time steps are kept
+    within `limits`. The C channels are H heads of P inputs, then `n_groups` of N numbers that lead
+    into the state, then as many that lead out of it.
+    """
+
+    conv_WC: Tensor
+    conv_bias_C: Tensor | None
+    decay_H: Tensor
+    bias_H: Tensor
+    skip_H: Tensor
+    n_groups: int
+    limits: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SigmoidRouter:
+    """How experts are chosen by sigmoids; see `Ops.route_sigmoid`.
+
+    `bias_E` is fp32 and only helps to choose. With `n_groups` > 1 experts are taken from the
+    `top_groups` groups with the largest sum of their two best.
+    """
+
+    bias_E: Tensor
+    top_k: int
+    n_groups: int
+    top_groups: int
+    normalise: bool
+    scale: float
+
+
 class Ops(Protocol):
     """See the module docstring. Activations are fp32, bf16 or fp16."""
 
@@ -213,7 +248,7 @@ class Ops(Protocol):
         ...
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
-        """activation(gate) * up."""
+        """activation(gate) * up. relu(x)^2 is `gated(x, x, "relu")`."""
         ...
 
     def gate_rows(self, x_TK: Tensor, gate_T1: Tensor) -> Tensor:
@@ -234,6 +269,14 @@ class Ops(Protocol):
         """
         ...
 
+    def route_sigmoid(self, scores_TE: Tensor, router: SigmoidRouter) -> tuple[Tensor, Tensor]:
+        """The best experts of each row by sigmoid(score) + bias, and their weights.
+
+        Weights are sigmoid(score), made to sum to one if the router says so, times its scale. Of
+        equals the lowest id is taken: int32 and fp32 [T, A], the best first.
+        """
+        ...
+
     def experts(
         self,
         x_TK: Tensor,
@@ -243,7 +286,11 @@ class Ops(Protocol):
         weights_TA: Tensor,
         activation: Activation = "gelu_tanh",
     ) -> Tensor:
-        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K]."""
+        """Sum over a row's experts of weight * down(gated(gate_up x)), shape [T, K].
+
+        Where `gate_up` has no more outputs than `down` has inputs there are no gates: u = gate_up x
+        is gated by itself.
+        """
         ...
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
@@ -279,7 +326,12 @@ class Ops(Protocol):
         ...
 
     def short_conv(
-        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+        self,
+        x_TC: Tensor,
+        weight_WC: Tensor,
+        state_SWC: Tensor,
+        rows: StateRows,
+        bias_C: Tensor | None = None,
     ) -> Tensor:
         """silu of a causal convolution over rows, each channel by itself; fp32 [T, C].
 
@@ -288,6 +340,7 @@ class Ops(Protocol):
             weight_WC: fp32; the last row is for the newest input.
             state_SWC: fp32 [S, W - 1, C], the inputs before, oldest first.
             rows: where they are.
+            bias_C: fp32, added before silu.
         """
         ...
 
@@ -314,4 +367,86 @@ class Ops(Protocol):
 
     def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
         """RMS norm over each head times the fp32 weight times silu(gate); [T, H, V]."""
+        ...
+
+    def scan(
+        self, x_TC: Tensor, dt_TH: Tensor, space: StateSpace, state_SHNP: Tensor, rows: StateRows
+    ) -> Tensor:
+        """The recurrence of Mamba 2 (Dao, Gu 2024, arXiv:2405.21060), row by row; fp32 [T, H, P].
+
+        With d = softplus(dt + bias) within the limits, the state S [N, P] of a head becomes
+        exp(d decay) S + b (d x), and the output is c S + skip x.
+
+        Args:
+            x_TC: behind the convolution, channels as in `StateSpace`.
+            state_SHNP: fp32.
+        """
+        ...
+
+    def group_norm(self, x_TGV: Tensor, gate_TGV: Tensor, weight_GV: Tensor, eps: float) -> Tensor:
+        """RMS norm over each group of x silu(gate), times the fp32 weight; [T, G, V]."""
+        ...
+
+
+@runtime_checkable
+class Fuses(Protocol):
+    """Operations that do in one call what else takes several: on a GPU every call costs time.
+
+    What comes out may be rounded in other places than by the single calls; it is as row-invariant.
+    """
+
+    def gated_linear(
+        self,
+        x_TK: Tensor,
+        weight: Weight,
+        up_TN: Tensor | None = None,
+        activation: Activation = "gelu_tanh",
+    ) -> Tensor:
+        """`gated` of a `linear` by `up_TN`, or by the second half of its outputs; [T, N]."""
+        ...
+
+    def turn_and_write(
+        self, q: Heads, k: Heads, v: Heads, pages: KvPages, slots: PageSlots
+    ) -> Tensor:
+        """`norm_rope` of queries, `write_heads` of keys and values; the queries [T, H, D].
+
+        Keys and queries are rotated at the same positions, values are not rotated.
+        """
+        ...
+
+    def add_norms(
+        self,
+        x_TK: Tensor,
+        residual_TK: Tensor,
+        weight_K: Tensor,
+        eps: float,
+        next_weights: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`add_norm` with three weights for the norm behind it."""
+        ...
+
+    def add_mixture(
+        self,
+        x_TK: Tensor,
+        experts: tuple[Weight, Weight],
+        routed: tuple[Tensor, Tensor],
+        dense_TK: Tensor,
+        residual_TK: Tensor,
+        weights: Sequence[Tensor],
+        eps: float,
+        *,
+        scale: float = 1.0,
+        next_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_norm` of rms_norm(experts(x)) + rms_norm(dense).
+
+        Args:
+            experts: gate and up, down, as for `experts`.
+            routed: what `route` gave.
+            weights: of the norm of the experts, of the dense part, and of their sum.
+        """
+        ...
+
+    def best_or_none(self, logits_TV: Tensor) -> Tensor:
+        """`argmax`, and -1 where that logit is not finite."""
         ...

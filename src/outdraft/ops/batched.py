@@ -42,6 +42,12 @@ class BatchedOps(ReferenceOps):
         """See `Ops.gated`."""
         return activate(gate_TK, activation) * up_TK
 
+    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """See `Ops.gated_norm`."""
+        wide = torch.promote_types(x_THV.dtype, torch.float32)
+        normed_THV = self.rms_norm(x_THV.to(wide), weight_V, eps)
+        return (normed_THV * F.silu(gate_THV.to(wide))).to(x_THV.dtype)
+
     def attention(self, q_THD: Tensor, kv: KvPages, rows: AttentionRows, scale: float) -> Tensor:
         """Not part of training.
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from outdraft import _core
 from outdraft.ops.calls import address, check
 from outdraft.ops.packed import matrix
-from outdraft.ops.recurrent import Recurrent
+from outdraft.ops.state_space import StateSpaceCalls
 
 
 @dataclass(slots=True, kw_only=True)
-class Choices(Recurrent):
+class Choices(StateSpaceCalls):
     """See the module docstring; comparisons are exact, ties go to the lower id."""
 
     def softcap(self, logits_TV: Tensor, cap: float) -> Tensor:

@@ -121,10 +121,10 @@ class CpuOps(Kernels):
         activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Ops.experts`. Only the experts that are hit are read, each once."""
-        n_pairs, inner = ids_TA.numel(), gate_up.n // 2
+        n_pairs, inner = ids_TA.numel(), down.k
         groups = self.group_pairs(ids_TA, gate_up.n_blocks)
         both = self.expert_linear(x_TK, gate_up, groups, n_pairs)
-        gated = self.gated(both[:, :inner], both[:, inner:], activation)
+        gated = self.gated(both[:, :inner], both[:, gate_up.n - inner :], activation)
         return self.combine(self.expert_linear(gated, down, groups, n_pairs), weights_TA)
 
     def score_blocks(

@@ -18,7 +18,7 @@ from outdraft.ops.calls import address, check, optional
 from outdraft.ops.choices import Choices
 from outdraft.ops.packed import PackedLinear, dtype_code, matrix
 
-_ACTIVATIONS: dict[Activation, int] = {"gelu_tanh": 0, "silu": 1, "sigmoid": 2}
+_ACTIVATIONS: dict[Activation, int] = {"gelu_tanh": 0, "silu": 1, "sigmoid": 2, "relu": 3}
 
 
 @dataclass(slots=True, kw_only=True)

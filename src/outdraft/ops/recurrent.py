@@ -20,7 +20,12 @@ class Recurrent(Calls):
     """See the module docstring."""
 
     def short_conv(
-        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+        self,
+        x_TC: Tensor,
+        weight_WC: Tensor,
+        state_SWC: Tensor,
+        rows: StateRows,
+        bias_C: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.short_conv`."""
         n_rows, channels = x_TC.shape
@@ -28,12 +33,13 @@ class Recurrent(Calls):
         assert channels % 16 == 0 and width <= 8 and state_SWC.shape[1:] == (width - 1, channels)
         out_TC = self.empty(x_TC.shape, torch.float32)
         _core.short_conv(
-            self._target(x_TC, weight_WC, state_SWC, rows, out_TC),
+            self._target(x_TC, weight_WC, bias_C, state_SWC, rows, out_TC),
             matrix(x_TC),
             matrix(out_TC),
-            _floats(weight_WC),
-            _floats(state_SWC),
-            *_addresses(rows),
+            floats(weight_WC),
+            0 if bias_C is None else floats(bias_C),
+            floats(state_SWC),
+            *addresses(rows),
             n_rows,
             channels,
             width,
@@ -62,10 +68,10 @@ class Recurrent(Calls):
             matrix(a_TH),
             matrix(b_TH),
             matrix(out_TC),
-            _floats(gates.decay_H),
-            _floats(gates.bias_H),
-            _floats(state_SHKV),
-            *_addresses(rows),
+            floats(gates.decay_H),
+            floats(gates.bias_H),
+            floats(state_SHKV),
+            *addresses(rows),
             n_rows,
             n_k_heads,
             n_v_heads,
@@ -84,7 +90,7 @@ class Recurrent(Calls):
             matrix(x_THV),
             matrix(gate_THV),
             matrix(out_THV),
-            _floats(weight_V),
+            floats(weight_V),
             eps,
             n_rows,
             n_heads,
@@ -93,12 +99,14 @@ class Recurrent(Calls):
         return out_THV
 
 
-def _floats(x: Tensor) -> int:
+def floats(x: Tensor) -> int:
+    """Address of contiguous fp32 numbers."""
     check(x, torch.float32)
     return x.data_ptr()
 
 
-def _addresses(rows: StateRows) -> tuple[int, int, int]:
+def addresses(rows: StateRows) -> tuple[int, int, int]:
+    """Of sequences, states read and states written."""
     for index in (rows.sequence_T, rows.read_T, rows.write_T):
         check(index, torch.int32)
     return rows.sequence_T.data_ptr(), rows.read_T.data_ptr(), rows.write_T.data_ptr()

@@ -18,18 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops import recurrent_reference
 from outdraft.ops.base import (
     PAGE_SLOTS,
     Activation,
     AttentionRows,
-    DeltaGates,
     KvPages,
     PageSlots,
     Role,
     Rotary,
-    StateRows,
 )
+from outdraft.ops.recurrent_reference import RecurrentReference
 
 TILE_ROWS = 8
 _VECTOR = 64  # elements: a multiple of what any vectorised loop takes at once
@@ -53,7 +51,7 @@ class PagedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceOps:
+class ReferenceOps(RecurrentReference):
     """Row-invariant operations. `tile` is the number of rows of every matrix product."""
 
     tile: int = TILE_ROWS
@@ -239,38 +237,14 @@ class ReferenceOps:
         parts_TAK = torch.empty(*ids_TA.shape, x_TK.shape[1], dtype=x_TK.dtype)
         for expert in torch.unique(ids_TA).tolist():
             row, slot = torch.where(ids_TA == expert)
-            gate, up = self.linear(x_TK[row], gate_up[expert]).chunk(2, dim=-1)
-            y = self.linear(self.gated(gate, up, activation), down[expert])
+            both, inner = self.linear(x_TK[row], gate_up[expert]), down.shape[-1]
+            gated = self.gated(both[:, :inner], both[:, -inner:], activation)
+            y = self.linear(gated, down[expert])
             parts_TAK[row, slot] = y * weights_TA[row, slot, None].to(y.dtype)
         total = parts_TAK[:, 0]
         for other in range(1, parts_TAK.shape[1]):
             total = total + parts_TAK[:, other]
         return total
-
-    def short_conv(
-        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
-    ) -> Tensor:
-        """See `Ops.short_conv`."""
-        return recurrent_reference.short_conv(x_TC, weight_WC, state_SWC, rows)
-
-    def delta_rule(
-        self,
-        qkv_TC: Tensor,
-        a_TH: Tensor,
-        b_TH: Tensor,
-        gates: DeltaGates,
-        state_SHKV: Tensor,
-        rows: StateRows,
-        n_k_heads: int,
-    ) -> Tensor:
-        """See `Ops.delta_rule`."""
-        return recurrent_reference.delta_rule(
-            qkv_TC, a_TH, b_TH, gates, state_SHKV, rows, n_k_heads
-        )
-
-    def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
-        """See `Ops.gated_norm`."""
-        return recurrent_reference.gated_norm(x_THV, gate_THV, weight_V, eps)
 
     def top(self, scores_TE: Tensor, count: int) -> Tensor:
         """See `Ops.top`. A stable sort, unlike topk, promises the lowest id of equals."""
@@ -357,9 +331,11 @@ def _by_sequence(rows: AttentionRows) -> list[PagedRows]:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """gelu_tanh, silu or sigmoid of x."""
+    """gelu_tanh, silu, sigmoid or relu of x."""
     if activation == "sigmoid":
         return torch.sigmoid(x)
+    if activation == "relu":
+        return F.relu(x)
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 

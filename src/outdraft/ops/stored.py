@@ -154,6 +154,39 @@ def stack(parts: Sequence[Tensor | StoredWeight]) -> Any:
     return StoredWeight(key, shape, first.dtype, form, read, first.group, first.zero_points)
 
 
+def part(weight: Tensor | StoredWeight, first: int, count: int) -> Any:
+    """`count` rows of a weight [N, K] from `first` on, as one of its kind."""
+    if isinstance(weight, Tensor):
+        return weight[first : first + count]
+    whole = weight
+
+    def read(block: int, start: int, n: int) -> Rows:
+        return whole.read(block, first + start, n)
+
+    key = f"{whole.key}[{first}:{first + count}]"
+    return replace(whole, shape=(count, whole.shape[1]), key=key, read=read)
+
+
+def blocks(parts: Sequence[Tensor | StoredWeight]) -> Any:
+    """Weights [N, K] of one shape as one [E, N, K] of their kind."""
+    tensors = [p for p in parts if isinstance(p, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.stack(tensors)
+    stored = [p for p in parts if isinstance(p, StoredWeight)]
+    first = stored[0]
+    assert len(stored) == len(parts) and all(p.shape == first.shape for p in stored)
+    alike = len({(p.form, p.group, p.zero_points) for p in stored}) == 1
+
+    def read(block: int, start: int, count: int) -> Rows:
+        rows = stored[block].read(0, start, count)
+        return rows if alike else to_floats(rows, first.dtype)
+
+    shape, key = (len(stored), *first.shape), f"{first.key}[{len(stored)} blocks]"
+    if alike:
+        return replace(first, shape=shape, key=key, read=read)
+    return StoredWeight(key, shape, first.dtype, "float", read)
+
+
 def _joined(pieces: list[Rows]) -> Rows:
     if len(pieces) == 1:
         return pieces[0]

@@ -21,7 +21,7 @@ from outdraft.config import EngineConfig
 from outdraft.errors import ModelError, OutdraftError
 from outdraft.request import SamplingParams
 from outdraft.server.errors import ApiError
-from outdraft.server.wire import pack, params_to_json, receive_async
+from outdraft.server.wire import Frames, pack, params_to_json
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 STEADY_S = 15.0
@@ -58,12 +58,13 @@ class Mailbox:
     """Where batches arrive. Whoever waits gets all that came meanwhile."""
 
     items: list[Batch | Exception] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Batch | Exception) -> None:
         """Deliver."""
         self.items.append(item)
-        self.arrived.set()
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
 
     async def take(self) -> list[Batch]:
         """The batches that came, at least one.
@@ -72,8 +73,8 @@ class Mailbox:
             EngineGone: the engine died.
         """
         while not self.items:
-            self.arrived.clear()
-            await self.arrived.wait()
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
         items, self.items = self.items, []
         batches = []
         for item in items:
@@ -113,7 +114,7 @@ class Engine:
         self._names = itertools.count()
         self._streams: dict[str, Stream] = {}
         self._answers: dict[str, asyncio.Future[Any]] = {}
-        self._writer: asyncio.StreamWriter | None = None
+        self._writer: asyncio.WriteTransport | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._heard_at = 0.0
@@ -276,13 +277,12 @@ class Engine:
         finally:
             theirs.close()
         self.pid = self._process.pid
-        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        loop = asyncio.get_running_loop()
+        writer, frames = await loop.create_connection(lambda: Frames(self._hear), sock=ours)
         self._writer = writer
         self._send({"op": "load", "model": self.model, "config": asdict(self.config)})
         try:
-            while (message := await receive_async(reader)) is not None:
-                self._heard_at = time.monotonic()
-                self._hear(message)
+            await frames.ended
         finally:
             self._writer = None
             writer.close()
@@ -293,6 +293,7 @@ class Engine:
                 await self._process.wait()
 
     def _hear(self, message: dict[str, Any]) -> None:
+        self._heard_at = time.monotonic()
         match message["op"]:
             case "tokens":
                 for name, rows, end in message["batches"]:

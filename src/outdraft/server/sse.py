@@ -7,7 +7,6 @@ events say (the fronts).
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -60,13 +59,52 @@ class EventStream(Response):
         self.last = last
         self._sending_since: float | None = None
         self._sent_at = 0.0
+        self._given_up = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._comments: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await _beside(self._produce(scope, send), _left(receive), self._tick(scope, send))
+            await _unless_left(self._timed(scope, send), receive)
         finally:
             self.close()
+
+    async def _timed(self, scope: Scope, send: Send) -> None:
+        """Produce, and look every second at whether the client reads."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._sent_at = asyncio.get_running_loop().time()
+        self._look_again(task, send)
+        try:
+            await self._produce(scope, send)
+        except asyncio.CancelledError:
+            if not self._given_up or task.uncancel() > 0:
+                raise
+            cut = scope.get(ABORT_KEY)
+            if cut is not None:
+                cut()
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for comment in self._comments:
+                comment.cancel()
+
+    def _look_again(self, task: asyncio.Task[Any], send: Send) -> None:
+        self._timer = asyncio.get_running_loop().call_later(TICK_S, self._look, task, send)
+
+    def _look(self, task: asyncio.Task[Any], send: Send) -> None:
+        """Give up on a client that has not read for too long; keep a quiet connection open."""
+        self._look_again(task, send)
+        now, since = asyncio.get_running_loop().time(), self._sending_since
+        if since is not None and now - since > self.send_s:
+            self._given_up = True
+            task.cancel()
+        elif since is None and now - self._sent_at > KEEP_ALIVE_S:
+            self._sent_at = now
+            comment = asyncio.ensure_future(_send_comment(send))
+            self._comments.add(comment)
+            comment.add_done_callback(self._comments.discard)
 
     async def _produce(self, scope: Scope, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
@@ -85,22 +123,6 @@ class EventStream(Response):
         self._sending_since = loop.time()
         await send({"type": "http.response.body", "body": data, "more_body": True})
         self._sending_since, self._sent_at = None, loop.time()
-
-    async def _tick(self, scope: Scope, send: Send) -> None:
-        """Ends when the client has not read for too long; keeps quiet connections open."""
-        loop = asyncio.get_running_loop()
-        self._sent_at = loop.time()
-        while True:
-            await asyncio.sleep(TICK_S)
-            now, since = loop.time(), self._sending_since
-            if since is not None and now - since > self.send_s:
-                cut = scope.get(ABORT_KEY)
-                if cut is not None:
-                    cut()
-                return
-            if since is None and now - self._sent_at > KEEP_ALIVE_S:
-                self._sent_at = now
-                await send({"type": "http.response.body", "body": b": \n\n", "more_body": True})
 
 
 class Awaited(Response):
@@ -122,7 +144,7 @@ class Awaited(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await _beside(self._produce(scope, receive, send), _left(receive))
+            await _unless_left(self._produce(scope, receive, send), receive)
         finally:
             self.close()
 
@@ -154,22 +176,35 @@ def error_response(error: ApiError, scope: Scope) -> Response:
     return json_response(shape, error.status, headers)
 
 
+async def _send_comment(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b": \n\n", "more_body": True})
+
+
 async def _left(receive: Receive) -> None:
     """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _beside(work: Any, *others: Any) -> None:
-    """Run `work`; when one of the others ends first, cancel it."""
-    tasks = [asyncio.ensure_future(c) for c in (work, *others)]
+async def _unless_left(work: Awaitable[None], receive: Receive) -> None:
+    """Await `work`; it is cancelled when the client leaves before it is done."""
+    task = asyncio.current_task()
+    assert task is not None
+    left, gone = asyncio.ensure_future(_left(receive)), False
+
+    def leave(ended: asyncio.Future[None]) -> None:
+        nonlocal gone
+        gone = True
+        if not ended.cancelled():
+            ended.exception()  # however it ended, nobody is there
+        task.cancel()
+
+    left.add_done_callback(leave)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
+        await work
+    except asyncio.CancelledError:
+        if not gone or task.uncancel() > 0:
+            raise
     finally:
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        left.remove_done_callback(leave)
+        left.cancel()

@@ -10,7 +10,7 @@ from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant
 from outdraft.models.gemma4_assistant import Gemma4Assistant
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import has_heads
 from outdraft.models.registry import TARGETS, Target, choose_ops, open_weights, packing
 from outdraft.speculate.compose import NgramFirst
 from outdraft.speculate.draft_model import ModelPass, load_draft_model
@@ -66,8 +66,8 @@ def build_drafter(
         return Pairing(NgramDrafter(), "ngram: drafts from the text itself", None, n_max)
     if (pairing := _draft_model(target, config, make_pass, loading)) is not None:
         return pairing
-    if isinstance(target.config, Qwen35Config) and config.spec_type in ("auto", "mtp"):
-        return _native_head(target, target.config, config, loading)
+    if has_heads(target.config) and config.spec_type in ("auto", "mtp"):
+        return _native_head(target, config, loading)
     if config.spec_type == "mtp":
         raise PairingError(
             f"{target.path} is of a family without MTP heads", "use --spec-type auto"
@@ -116,11 +116,9 @@ def _draft_model(
     return None
 
 
-def _native_head(
-    target: Target, shape: Qwen35Config, config: EngineConfig, loading: Loading | None
-) -> Pairing:
+def _native_head(target: Target, config: EngineConfig, loading: Loading | None) -> Pairing:
     """The head in the target's own checkpoint."""
-    reason = find_head(target.path, shape)
+    reason = find_head(target.path, target.config)
     if reason is not None and config.spec_type == "auto":
         return Pairing(None, f"drafting is off: there is no MTP head: {reason}")
     n_max = _first(config.draft_n, config.draft_n_max, HEAD_DRAFTS)

@@ -230,7 +230,7 @@ def load_draft_model(
         ModelError: it cannot be used, or is of another vocabulary.
     """
     check_vocabularies(Tokenizer.load(target.path), Tokenizer.load(path))
-    model = load_target(path, replace(config, ctx_size=target.ctx_size), loading)
+    model = load_target(path, replace(config, ctx_size=target.ctx_size, adapter=None), loading)
     if model.ctx_size < target.ctx_size:
         raise PairingError(
             f"the draft model's context is {model.ctx_size} tokens, the target's {target.ctx_size}",

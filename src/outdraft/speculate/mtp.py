@@ -25,9 +25,8 @@ from outdraft.cache.attend import CausalCall, causal_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.config import EngineConfig
 from outdraft.errors import CapacityError, PairingError, WeightsError
-from outdraft.models import mtp
-from outdraft.models.layers import TargetModel
-from outdraft.models.qwen3_5_config import Qwen35Config
+from outdraft.models.heads import NativeHead, head_family
+from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.registry import Target, choose_ops, open_weights, packing
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.speculate.chain import draft_chain
@@ -96,7 +95,7 @@ class MtpDrafter:
 
     def __init__(
         self,
-        head: mtp.MtpHead,
+        head: NativeHead,
         target: TargetModel,
         memory: Memory,
         *,
@@ -308,18 +307,21 @@ class MtpDrafter:
         return True
 
 
-def find_head(path: Path, config: Qwen35Config) -> str | None:
+def find_head(path: Path, config: TargetConfig) -> str | None:
     """Why a checkpoint has no head that can be used, or None if it has one.
 
     Tensors decide: conversions and tools for fine-tuning drop them and leave the config's claim.
     """
-    names = Checkpoint.open(path).names()
-    prefix = next((p for p in mtp.PREFIXES if any(n.startswith(p) for n in names)), None)
+    names, family = Checkpoint.open(path).names(), head_family(config)
+    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in names)), None)
     if prefix is None:
-        claim = f"its config claims {config.n_mtp_layers} MTP layer"
-        return f"{claim} and no mtp.* tensor is there" if config.n_mtp_layers else "it has none"
+        claimed = family.n_claimed(config)
+        claim = f"its config claims {claimed} MTP layer"
+        return f"{claim} and no mtp.* tensor is there" if claimed else "it has none"
+    if (reason := family.unsupported(config)) is not None:
+        return reason
     present = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    missing = [n for n in mtp.expected_tensors(config) if not _there(n, present)]
+    missing = [n for n in family.expected_tensors(config) if not _there(n, present)]
     if missing:
         return f"{len(missing)} of its tensors are missing, such as {prefix}{missing[0]}"
     return None
@@ -328,7 +330,7 @@ def find_head(path: Path, config: Qwen35Config) -> str | None:
 def _there(name: str, present: set[str]) -> bool:
     """Whether a weight is there, whole or quantised."""
     stem = name.removesuffix("weight")
-    return name in present or any(found.startswith(stem) for found in present)
+    return name in present or (stem + "weight_packed") in present or (stem + "qweight") in present
 
 
 def load_head(
@@ -339,8 +341,7 @@ def load_head(
     Raises:
         PairingError: there is none, or it is not whole.
     """
-    shape = target.config
-    assert isinstance(shape, Qwen35Config)
+    shape, family = target.config, head_family(target.config)
     reason = find_head(target.path, shape)
     if reason is not None:
         raise PairingError(f"{target.path} has no MTP head: {reason}", "use another --spec-type")
@@ -349,9 +350,9 @@ def load_head(
         weights, _, bits = open_weights(
             Checkpoint.open(target.path),
             raw,
-            mtp.expected_tensors(shape),
-            mtp.IGNORED,
-            prefixes=mtp.PREFIXES,
+            family.expected_tensors(shape),
+            family.ignored,
+            prefixes=family.prefixes,
             dtype=target.dtype,
         )
     except WeightsError as error:
@@ -360,9 +361,9 @@ def load_head(
         ) from error
     ops = choose_ops(config, shape, stored_bits=bits, weights=weights.matrices(), drafter=True)
     with packing(ops, weights, raw, config, loading):
-        head = mtp.MtpHead(shape, weights, ops, target.ctx_size + n_draft_max)
+        head = family.build(shape, weights, ops, target.ctx_size + n_draft_max)
     memory = Memory(
-        mtp.memory_layers(shape),
+        family.memory_layers(shape),
         max_sequences=config.max_sequences,
         max_tokens=target.ctx_size + n_draft_max,
         max_rows=CATCH_UP + n_draft_max,

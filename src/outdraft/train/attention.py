@@ -56,7 +56,7 @@ class SequenceAttention:
         self.keys_values: dict[int, KeysValues] = {}
         self.masks = kind_masks(config, length)
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`."""
         if k is not None and v is not None:
             self.keys_values[layer] = KeysValues(
@@ -64,7 +64,7 @@ class SequenceAttention:
                 split_sequences(v.value(OPS), self.n_sequences),
             )
         source = self.keys_values[self.config.kv_source(layer)]
-        return attend(q_THD, source, self.masks[self.config.layer_types[layer]])
+        return attend(q.value(OPS), source, self.masks[self.config.layer_types[layer]])
 
 
 class FrozenAttention:
@@ -86,11 +86,11 @@ class FrozenAttention:
         }
         self.masks = kind_masks(config, n_anchors)
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`."""
         assert k is None and v is None
         kind = self.config.layer_types[layer]
-        return attend(q_THD, self.keys_values[kind], self.masks[kind])
+        return attend(q.value(OPS), self.keys_values[kind], self.masks[kind])
 
 
 def kind_masks(config: Gemma4Config, length: int) -> dict[LayerKind, Tensor]:

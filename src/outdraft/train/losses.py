@@ -20,15 +20,21 @@ STEP_DECAY = 0.8
 
 DRAFT_LOSSES = ("kl", "lk", "nla", "ce")
 
+IGNORED = -100
+"""A target whose row adds nothing to a cross-entropy."""
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states [T, K] -> fp32 scores [T, V]."""
 
 
 def cross_entropy(hidden_TK: Tensor, targets_T: Tensor, head: Head) -> Tensor:
-    """Mean over rows of -log q(target), q = softmax(head(hidden)), in nats."""
+    """Mean over rows of -log q(target), q = softmax(head(hidden)), in nats.
+
+    Rows whose target is `IGNORED` count as zero.
+    """
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden), targets, reduction="sum")
+        return F.cross_entropy(head(hidden), targets, reduction="sum", ignore_index=IGNORED)
 
     return _mean_of_chunks(chunk, hidden_TK, targets_T)
 
@@ -66,6 +72,27 @@ def draft_loss(kind: str, hidden_TK: Tensor, probs_TV: Tensor, head: Head) -> Te
         assert kind == "lk"
         weight_T = torch.exp(-3 * accepted_T.detach())
         return (weight_T * kl_T + (1 - weight_T) * (1 - accepted_T)).sum()
+
+    return _mean_of_chunks(chunk, hidden_TK, probs_TV)
+
+
+def generalised_jsd(hidden_TK: Tensor, probs_TV: Tensor, head: Head, beta: float) -> Tensor:
+    """Mean over rows of the generalised Jensen-Shannon divergence of p and q, in nats.
+
+    With m = beta p + (1 - beta) q it is beta KL(p || m) + (1 - beta) KL(q || m), divided by
+    beta (1 - beta); 0 and 1 are its limits KL(p || q) and KL(q || p). Source: Agarwal et al., arXiv
+    2306.13649; the division keeps gradients of all beta alike in size.
+    """
+
+    def chunk(hidden: Tensor, probs: Tensor) -> Tensor:
+        log_q = F.log_softmax(head(hidden), dim=-1)
+        q, p = log_q.exp(), probs.float()
+        log_p = p.clamp_min(1e-30).log()
+        if beta in (0.0, 1.0):
+            return ((p if beta == 0 else q) * (log_p - log_q)).sum() * (1 if beta == 0 else -1)
+        log_m = (beta * p + (1 - beta) * q).clamp_min(1e-30).log()
+        both = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+        return both.sum() / (beta * (1 - beta))
 
     return _mean_of_chunks(chunk, hidden_TK, probs_TV)
 

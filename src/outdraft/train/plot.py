@@ -77,6 +77,43 @@ def plot_tuning(path: Path, before: Sequence[float], after: Sequence[float]) -> 
     figure.savefig(path, format="png", dpi=120)
 
 
+def plot_losses(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
+    """Write a PNG of the losses of every stage, nats per token."""
+    figure = Figure(figsize=(4 * len(curves), 4), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for index, (axes, (name, losses)) in enumerate(zip(panels, curves.items(), strict=True)):
+        _curve(axes, losses, name, _COLOURS[index % len(_COLOURS)])
+        axes.set(title=name, xlabel="step", ylabel="nats per token", ylim=(0, None))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def plot_pretraining(
+    path: Path, losses: Sequence[float], heldout: Mapping[str, float], acceptance: Sequence[float]
+) -> None:
+    """Write a PNG: the training loss, held-out losses by tokens ahead, drafts accepted."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    training, ahead, positions = figure.subplots(1, 3)
+    _curve(training, losses, "model and head", _COLOURS[0])
+    training.set(title="Training loss", xlabel="step", ylabel="nats per token", ylim=(0, None))
+    for axes, names, values, title, label in (
+        (ahead, list(heldout), list(heldout.values()), "Held-out text", "tokens ahead"),
+        (
+            positions,
+            [str(i + 1) for i in range(len(acceptance))],
+            acceptance,
+            "Drafts accepted, held-out prompts, greedy",
+            "position in the draft",
+        ),
+    ):
+        axes.bar_label(axes.bar(names, values, color=_COLOURS[2]), fmt="%.2f")
+        axes.set(title=title, xlabel=label)
+    ahead.set(ylabel="nats per token")
+    positions.set(ylabel="share (all earlier ones accepted too)", ylim=(0, 1))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=120)
+
+
 def _curve(axes: Axes, losses: Sequence[float], label: str, colour: str) -> None:
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)

@@ -73,7 +73,7 @@ class CachedAttention:
         self.position = 0
         self.keys_values: dict[int, KeysValues] = {}
 
-    def __call__(self, layer: int, q_THD: Tensor, k: Heads | None, v: Heads | None, /) -> Tensor:
+    def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`."""
         if k is not None and v is not None:
             self._store(layer, k.value(OPS), v.value(OPS))
@@ -81,7 +81,8 @@ class CachedAttention:
         sliding = self.config.layer_types[layer] == "sliding_attention"
         first = max(0, self.position + 1 - self.config.sliding_window) if sliding else 0
         seen = slice(first, self.position + 1)
-        return attend(q_THD, KeysValues(cache.k_BGSD[:, :, seen], cache.v_BGSD[:, :, seen]), None)
+        keys_values = KeysValues(cache.k_BGSD[:, :, seen], cache.v_BGSD[:, :, seen])
+        return attend(q.value(OPS), keys_values, None)
 
     def _store(self, layer: int, k_BGD: Tensor, v_BGD: Tensor) -> None:
         if layer not in self.keys_values:

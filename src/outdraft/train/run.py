@@ -99,7 +99,7 @@ class Run:
         wanted = asdict(settings) | {"data": list(settings.data)}
         if (out / RUN_NAME).exists():
             decided = read_json(out / RUN_NAME, "training run")
-            _same_settings(out, wanted, decided.get("settings", {}))
+            same_settings(out, wanted, decided.get("settings", {}))
         else:
             if not holds_run and out.exists() and any(out.iterdir()):
                 raise TrainingError(f"{out} is not empty", "choose a new directory for --out")
@@ -197,7 +197,8 @@ def _remove_run(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _same_settings(out: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+def same_settings(out: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raises TrainingError when the run stored in `out` was asked for differently."""
     for key, value in wanted.items():
         if stored.get(key) != value:
             raise TrainingError(

@@ -19,7 +19,14 @@ from outdraft.errors import TrainingError
 from outdraft.models import gemma4, gemma4_assistant
 from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
-from outdraft.models.registry import CANDIDATES, open_weights, resolve_dtype, resolve_quant
+from outdraft.models.registry import (
+    CANDIDATES,
+    GEMMA4,
+    find_adapter,
+    open_weights,
+    resolve_dtype,
+    resolve_quant,
+)
 from outdraft.ops.base import Role
 from outdraft.ops.batched import BatchedOps
 from outdraft.ops.cpu import CpuOps
@@ -51,7 +58,7 @@ def served_target(path: Path, engine: EngineConfig) -> Gemma4:
     """The target with fp32 weights of the values that `engine` serves.
 
     Raises:
-        ModelError: it cannot be read, or is no Gemma 4.
+        ModelError: it or the adapter cannot be read, or is no Gemma 4's.
         TrainingError: it has experts.
     """
     raw = read_config(path)
@@ -64,6 +71,9 @@ def served_target(path: Path, engine: EngineConfig) -> Gemma4:
         prefixes=gemma4.PREFIXES,
         dtype=resolve_dtype(engine.dtype, config.dtype),
     )
+    adapter = find_adapter(engine, GEMMA4, config)
+    if adapter is not None:
+        weights.changed = adapter.merged
     format: Format = resolve_quant(engine, bits, drafter=False)
     weights.stored = True
     return Gemma4(config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES)))

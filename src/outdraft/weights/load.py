@@ -8,7 +8,7 @@ each family expects and may ignore (models/), packed int4 (int4.py), announcing 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,6 +108,8 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
         self.dtype = dtype
         self.stored = stored
         self.device: torch.device | None = None
+        self.changed: Callable[[str, StoredWeight], StoredWeight] | None = None
+        """By canonical name, what stands for a matrix (an adapter's sum)."""
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._expected if name in self._plan)
@@ -124,6 +126,8 @@ class Weights(Mapping[str, torch.Tensor | StoredWeight]):
         wanted = self._expected[name]
         if len(wanted.shape) >= 2 and wanted.dtype is None:
             weight = self._stored(name, wanted.shape)
+            if self.changed is not None:
+                weight = self.changed(name, weight)
             return weight if self.stored else weight.floats()
         tensor = self._plan.checkpoint.get(self._plan.sources[name])
         return tensor.to(device=self.device, dtype=wanted.dtype or self.dtype)

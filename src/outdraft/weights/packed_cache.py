@@ -158,6 +158,7 @@ def packing_key(
     format: Format,
     candidates: int,
     dtype: torch.dtype,
+    adapter: str | None = None,
 ) -> str:
     """Names everything that the packed bytes of a checkpoint depend on, as 64 hexadecimal digits.
 
@@ -169,6 +170,7 @@ def packing_key(
         format: how the operations store linear layers.
         candidates: scales tried when quantising.
         dtype: what stored values are converted to before they are packed.
+        adapter: digest of what is added to the weights, if anything is.
 
     Raises:
         WeightsError: a file has gone.
@@ -184,7 +186,7 @@ def packing_key(
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error}", DOWNLOAD_AGAIN) from error
         files.append([name, stat.st_size, stat.st_mtime_ns, header])
-    parts = [VERSION, LAYOUT, format, candidates, str(dtype), dict(config), files]
+    parts = [VERSION, LAYOUT, format, candidates, str(dtype), dict(config), files, adapter]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 from outdraft.device import has_dependent_launch
-from outdraft.ops.base import AttentionRows, KvPages, PageSlots, Rotary
+from outdraft.ops.base import AttentionRows, Fuses, Heads, KvPages, PageSlots, Rotary
 from outdraft.ops.cuda.cuts import Cut
 from outdraft.ops.cuda.ops import CudaOps
 from outdraft.ops.cuda.weights import packed_bytes, unpack
@@ -69,6 +69,29 @@ def test_linear(fmt: str, n: int, k: int) -> None:
     assert torch.equal(ops.linear(on(x[3:8].flip(0)), packed).flip(0), got[3:8])
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "w8", "w4"])
+@pytest.mark.parametrize("split", [1, 2])
+def test_gated_linear(fmt: str, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outdraft.ops.cuda.fused.cut_of", lambda n, k, bits: Cut(split=split))
+    ops = make(fmt)
+    assert isinstance(ops, Fuses)
+    x, up = rand(19, 300), rand(19, 200)
+    packed = ops.pack(rand(140, 300))
+    both = x.double() @ unpack(packed).cpu().double().T
+    wide = on(up)[:, 20:160]
+    for other, want, activation in (
+        (None, REF.gated(both[:, :70], both[:, 70:]), "gelu_tanh"),
+        (None, REF.gated(both[:, :70], both[:, 70:], "silu"), "silu"),
+        (wide, REF.gated(both, up[:, 20:160].double()), "gelu_tanh"),
+    ):
+        got = ops.gated_linear(on(x), packed, other, activation)
+        close(got, want, 1.2e-2)
+        for row in (0, 7, 8, 18):
+            own = None if other is None else other[row : row + 1]
+            alone = ops.gated_linear(on(x[row : row + 1]), packed, own, activation)
+            assert torch.equal(alone, got[row : row + 1])
+
+
 def test_norms_and_gate() -> None:
     ops = make()
     x, r, w, v = rand(5, 200), rand(5, 200), rand(200), rand(200)
@@ -84,6 +107,40 @@ def test_norms_and_gate() -> None:
     one = ops.add_norm(on(x[2:3]), on(r[2:3]), on(w), 1e-6, scale=0.7, next_weight=on(v))
     assert torch.equal(one[0], got[0][2:3]) and torch.equal(one[1], got[1][2:3])
     close(ops.gated(on(x), on(r)), REF.gated(x, r))
+    gains = [on(w), on(v), on(rand(200))]
+    y, normed = ops.add_norms(on(x), on(r), on(v), 1e-6, gains)
+    want_y = REF.add_norm(x, r, v, 1e-6)[0]
+    close(y, want_y, 1e-5)
+    for own, gain in zip(normed, gains, strict=True):
+        close(own, REF.rms_norm(want_y, gain.cpu(), 1e-6))
+
+
+def test_queries_keys_and_values_at_once() -> None:
+    ops, t, h, g, dim = make(), 3, 4, 2, 32
+    raw, angle = on(rand(t, h + 2 * g, dim)), on(rand(600, dim // 2))
+    position = on(torch.tensor([400, 401, 402], dtype=torch.int32))
+    rotary = Rotary(angle.cos(), angle.sin(), position)
+    other = Rotary(angle.sin(), angle.cos(), position)
+    slots = PageSlots(
+        on(torch.tensor([6, 6, 1], dtype=torch.int32)), on(torch.tensor([16, 17, 0]).int())
+    )
+    q = Heads(raw[:, :h], on(rand(dim)), rotary, 1e-6)
+    for k, v in (
+        (Heads(raw[:, h : h + g], on(rand(dim)), other, 1e-6), Heads(raw[:, -g:], None, None, 0.5)),
+        (Heads(raw[:, h : h + g], None, None, None), Heads(raw[:, h : h + g], None, None, None)),
+    ):
+        stores = [
+            KvPages(*(torch.zeros(9, g, 64, dim, device=DEVICE).bfloat16() for _ in "kv"))
+            for _ in range(2)
+        ]
+        got = ops.turn_and_write(q, k, v, stores[0], slots)
+        for heads, pages in ((k, stores[1].k_PGSD), (v, stores[1].v_PGSD)):
+            ops.write_heads(
+                heads.raw_TGD, pages, None, slots, heads.norm_D, heads.rotary, eps=heads.eps
+            )
+        assert torch.equal(got, q.value(ops).bfloat16())
+        assert torch.equal(stores[0].k_PGSD, stores[1].k_PGSD) and stores[0].k_PGSD.any()
+        assert torch.equal(stores[0].v_PGSD, stores[1].v_PGSD) and stores[0].v_PGSD.any()
 
 
 def test_attention_and_heads() -> None:
@@ -137,6 +194,24 @@ def test_experts_and_choice() -> None:
     bound = 6e-3 if DEVICE.type == "cuda" else 1.5e-2
     close(got, REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights), bound)
     assert torch.equal(ops.experts(on(x[1:2]), a, b, ids[1:2], weights[1:2]), got[1:2])
+    dense, r, norms = rand(3, 64), rand(3, 64), [rand(64) for _ in range(4)]
+    routed = REF.experts(x, gate_up.float(), down.float(), want_ids, want_weights)
+    both = REF.rms_norm(routed, norms[0], 1e-6) + REF.rms_norm(dense, norms[1], 1e-6)
+    want = REF.add_norm(both, r, norms[2], 1e-6, scale=0.7, next_weight=norms[3])
+
+    def mixture(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        own = [on(y[rows]) for y in (x, dense, r)]
+        gains, following = [on(w) for w in norms[:3]], on(norms[3])
+        chosen = (ids[rows], weights[rows])
+        return ops.add_mixture(
+            own[0], (a, b), chosen, *own[1:], gains, 1e-6, scale=0.7, next_weight=following
+        )
+
+    mixed = mixture(slice(None))
+    close(mixed[0], want[0], bound)
+    close(mixed[1], want[1], bound)
+    alone = mixture(slice(1, 2))
+    assert all(torch.equal(p, q[1:2]) for p, q in zip(alone, mixed, strict=True))
     many, same = rand(41, 64), torch.randint(0, 3, (41, 1), dtype=torch.int32)
     one = torch.ones(41, 1)
     got = ops.experts(on(many), a, b, on(same), on(one))
@@ -158,3 +233,6 @@ def test_experts_and_choice() -> None:
     wide[0, 8999] = wide[0, 17] = 9.0
     wide[1, 4321] = float("nan")
     assert ops.argmax(on(wide)).tolist() == [17, 4321]
+    assert ops.best_or_none(on(wide)).tolist() == [17, -1]
+    wide[0] = float("-inf")
+    assert ops.best_or_none(on(wide)).tolist() == [-1, -1]

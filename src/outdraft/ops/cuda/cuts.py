@@ -23,6 +23,7 @@ class Cut:
     stages: int = 4
     split: int = 1
     slices: int = 1
+    ahead: int = 0
 
 
 MEASURED: dict[tuple[int, int, int], Cut] = {

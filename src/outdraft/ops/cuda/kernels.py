@@ -1,7 +1,7 @@
 """Triton kernels beside the products (linears.py); no other row can change the order of a sum.
 
 Attention takes a row's keys page by page and merges the parts in order. Not here: allocation and
-launching (ops.py, attention.py).
+launching (ops.py, attention.py), norms and rotations (norms.py).
 """
 
 # mypy: ignore-errors
@@ -9,7 +9,7 @@ launching (ops.py, attention.py).
 import triton
 import triton.language as tl
 
-from outdraft.ops.cuda.linears import begin
+from outdraft.ops.cuda.linears import activate, begin
 
 
 @triton.jit
@@ -52,65 +52,6 @@ def route_kernel(scores, per_expert, ids, weights, E, A: tl.constexpr, SCALED: t
 
 
 @triton.jit
-def norm_kernel(x, residual, w, w_next, y, normed, K, eps, scale, ADD: tl.constexpr,
-                HAS_W: tl.constexpr, HAS_NEXT: tl.constexpr, BLOCK: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
-    """rms_norm(x, w); with ADD also y = (residual + that) * scale, and y's norm."""
-    begin(PDL)
-    row = tl.program_id(0)
-    k = tl.arange(0, BLOCK)
-    mask = k < K
-    v = tl.load(x + row * K + k, mask=mask, other=0.0).to(tl.float32)
-    # All that is read is asked for before the first sum: no other work hides what a read takes.
-    if HAS_W:
-        gain = tl.load(w + k, mask=mask, other=0.0)
-    if ADD:
-        r = tl.load(residual + row * K + k, mask=mask, other=0.0).to(tl.float32)
-        if HAS_NEXT:
-            gain_next = tl.load(w_next + k, mask=mask, other=0.0)
-    v = v * (1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps))
-    if HAS_W:
-        v = v * gain
-    if ADD:
-        v = (r + v) * scale
-        tl.store(y + row * K + k, v, mask=mask)
-        v = v * (1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps))
-        if HAS_NEXT:
-            v = v * gain_next
-    tl.store(normed + row * K + k, v, mask=mask)
-
-
-@triton.jit
-def head_kernel(x, w, cos, sin, position, page, slot, out, t_stride, G, P_STRIDE, S_STRIDE, eps,
-                D: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr, ROPE: tl.constexpr,
-                PAGED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Norm and rotation of one head; into pages [P, G, S, D] when PAGED."""
-    begin(PDL)
-    t = tl.program_id(0)
-    g = tl.program_id(1)
-    i = tl.arange(0, D // 2)
-    a = tl.load(x + t * t_stride + g * D + i).to(tl.float32)
-    b = tl.load(x + t * t_stride + g * D + D // 2 + i).to(tl.float32)
-    if NORM:
-        r = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-        a, b = a * r, b * r
-    if HAS_W:
-        a = a * tl.load(w + i)
-        b = b * tl.load(w + D // 2 + i)
-    if ROPE:
-        at = tl.load(position + t).to(tl.int64) * (D // 2) + i
-        c, s = tl.load(cos + at), tl.load(sin + at)
-        a, b = a * c - b * s, b * c + a * s
-    if PAGED:
-        where = tl.load(page + t).to(tl.int64) * P_STRIDE + g * S_STRIDE
-        where += tl.load(slot + t).to(tl.int64) * D
-    else:
-        where = (t * G + g).to(tl.int64) * D
-    tl.store(out + where + i, a)
-    tl.store(out + where + D // 2 + i, b)
-
-
-@triton.jit
 def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     """gelu_tanh(gate) * up, or silu(gate) * up."""
@@ -119,12 +60,7 @@ def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * g_stride + k, mask=k < K, other=0.0).to(tl.float32)
     u = tl.load(up + row * u_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    if SILU:
-        v = g / (1.0 + tl.exp(-g))
-    else:
-        z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
-        v = 0.5 * g * (1.0 + tanh)
+    v = activate(g, SILU)
     tl.store(out + row * K + k, v * u, mask=k < K)
 
 
@@ -272,8 +208,8 @@ def best_kernel(logits, value, index, mass, V, n_parts, BLOCK: tl.constexpr, PDL
 
 @triton.jit
 def best_merge_kernel(value, index, mass, out, sure, n_parts, PARTS: tl.constexpr,
-                      PDL: tl.constexpr):  # fmt: skip
-    """The lowest place of a row's largest, and what softmax gives it."""
+                      FINITE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The lowest place of a row's largest, and what softmax gives it; FINITE: -1 of others."""
     begin(PDL)
     t = tl.program_id(0)
     i = tl.arange(0, PARTS)
@@ -281,7 +217,10 @@ def best_merge_kernel(value, index, mass, out, sure, n_parts, PARTS: tl.constexp
     at = tl.load(index + t * n_parts + i, mask=i < n_parts, other=2147483647)
     sums = tl.load(mass + t * n_parts + i, mask=i < n_parts, other=0.0)
     top = tl.max(v, 0)
-    tl.store(out + t, tl.min(tl.where(v == top, at, 2147483647), 0))
+    best = tl.min(tl.where(v == top, at, 2147483647), 0)
+    if FINITE:
+        best = tl.where(tl.abs(top) < float("inf"), best, -1)
+    tl.store(out + t, best)
     tl.store(sure + t, 1.0 / tl.sum(sums * tl.exp(v - top), 0))
 
 

@@ -4,7 +4,7 @@ A linear multiplies blocks of 16 padded rows: tiles and the split of K are the w
 call's. Kernels are launched before their predecessor is done and wait for it themselves
 (programmatic dependent launch). Small kernels let the next one come at once, those of products when
 their sums are done: what waits must not take the room of what works. Not here: the other kernels
-(kernels.py), how weights are packed (weights.py).
+(kernels.py), those of 8- and 4-bit weights (quantised.py), how weights are packed (weights.py).
 """
 
 # mypy: ignore-errors
@@ -36,15 +36,48 @@ def release(PDL: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT: tl.constexpr):
+def ask(at):
+    """Start reading the 128 bytes at each place into the level-2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def activate(g, SILU: tl.constexpr):
+    """gelu_tanh or silu."""
+    if SILU:
+        return g / (1.0 + tl.exp(-g))
+    z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    tanh = 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
+    return 0.5 * g * (1.0 + tanh)
+
+
+@triton.jit
+def emit(acc, up, row, col, mask, other, out, n_out, o_stride, GATE: tl.constexpr,
+         SILU: tl.constexpr):  # fmt: skip
+    """Sums into `out`; gated by the second half or by `other` if GATE is 1 or 2."""
+    if GATE == 1:
+        acc = activate(acc, SILU) * up
+    if GATE == 2:
+        gate = activate(acc, SILU)
+        acc = gate * tl.load(other + row * o_stride + col, mask=mask, other=0.0)
+    tl.store(out + row * n_out + col, acc, mask=mask)
+
+
+@triton.jit
+def finish(acc, up, row, col, mask, other, parts, out, tickets, n_rows, N, n_out, o_stride,
+           SPLIT: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """A tile into `out`; of several parts the last to arrive adds all of them in order."""
-    mask = (rows[:, None] < n_rows) & (cols[None, :] < N)
-    at = rows[:, None].to(tl.int64) * N + cols[None, :]
     if SPLIT == 1:
-        tl.store(out + at, acc, mask=mask)
+        emit(acc, up, row, col, mask, other, out, n_out, o_stride, GATE, SILU)
     else:
-        size = n_rows.to(tl.int64) * N
-        tl.store(parts + tl.program_id(2) * size + at, acc, mask=mask)
+        at, size = row * N + col, n_rows.to(tl.int64) * N
+        own = parts + tl.program_id(2) * size + at
+        tl.store(own, acc, mask=mask)
+        if GATE == 1:
+            tl.store(own + n_out, up, mask=mask)
         tl.debug_barrier()
         ticket = tickets + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLIT - 1:
@@ -52,40 +85,65 @@ def finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT: tl.constexpr)
             for part in tl.static_range(1, SPLIT):
                 total += tl.load(parts + part * size + at, mask=mask, other=0.0,
                                  cache_modifier=".cg")  # fmt: skip
-            tl.store(out + at, total, mask=mask)
+            both = total
+            if GATE == 1:
+                at += n_out
+                both = tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
+                for part in tl.static_range(1, SPLIT):
+                    both += tl.load(parts + part * size + at, mask=mask, other=0.0,
+                                    cache_modifier=".cg")  # fmt: skip
+            emit(total, both, row, col, mask, other, out, n_out, o_stride, GATE, SILU)
             tl.store(ticket, 0)
 
 
+@triton.jit
+def weight_tile(w, cols, k, N, K, EVEN: tl.constexpr):
+    """[BN, BK] of a bf16 weight; zeros beyond it."""
+    at = cols[:, None].to(tl.int64) * K + k[None, :]
+    if EVEN:
+        return tl.load(w + at, eviction_policy="evict_first")
+    return tl.load(w + at, mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
-def linear_kernel(x, w, parts, out, tickets, n_rows, n_tiles, N, K, x_stride,
+def linear_kernel(x, w, other, parts, out, tickets, n_rows, n_tiles, N, K, x_stride, o_stride,
                   SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-                  TILES: tl.constexpr, PDL: tl.constexpr,
-                  DOT: tl.constexpr):  # fmt: skip
+                  GATE: tl.constexpr, SILU: tl.constexpr, AHEAD: tl.constexpr,
+                  TILES: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """One [16, BN] tile of one part of K of a bf16 weight; EVEN: tiles cover N and K exactly.
 
+    With GATE 1 the second half of the N outputs is gated by the first, with GATE 2 `other` is by
+    all of them: so is `out`. AHEAD inputs of each output are asked for before the wait.
     TILES is n_tiles for Triton's interpreter, which has no loops of a run-time length, else 0.
     """
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    n_out = N // 2 if GATE == 1 else N
     first = tl.program_id(2) * n_tiles * BK
     ks = tl.arange(0, BK)
+    if AHEAD > 0:
+        line = w + cols[:, None].to(tl.int64) * K + first + tl.arange(0, AHEAD // 64)[None, :] * 64
+        ask(line)
+        if GATE == 1:
+            ask(line + n_out.to(tl.int64) * K)
     wait(PDL)
     acc = tl.zeros((16, BN), tl.float32)
+    up = acc
     for tile in range(TILES if TILES > 0 else n_tiles):
         k = first + tile * BK + ks
-        at = cols[:, None].to(tl.int64) * K + k[None, :]
-        if EVEN:
-            x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
-                             mask=rows[:, None] < n_rows, other=0.0)  # fmt: skip
-            w_tile = tl.load(w + at, eviction_policy="evict_first")
-        else:
-            x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :],
-                             mask=(rows[:, None] < n_rows) & (k[None, :] < K),
-                             other=0.0)  # fmt: skip
-            w_tile = tl.load(w + at, mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)
-        acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), w_tile.to(DOT).T, acc)
+        mask = rows[:, None] < n_rows
+        if not EVEN:
+            mask &= k[None, :] < K
+        x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
+        x_tile = x_tile.to(tl.bfloat16).to(DOT)
+        acc = tl.dot(x_tile, weight_tile(w, cols, k, n_out, K, EVEN).to(DOT).T, acc)
+        if GATE == 1:
+            w_up = weight_tile(w + n_out.to(tl.int64) * K, cols, k, n_out, K, EVEN)
+            up = tl.dot(x_tile, w_up.to(DOT).T, up)
     release(PDL)
-    finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_out)
+    finish(acc, up, rows[:, None].to(tl.int64), cols[None, :], mask, other, parts, out, tickets,
+           n_rows, N, n_out, o_stride, SPLIT, GATE, SILU)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
@@ -109,136 +167,6 @@ def sliced_kernel(x, w, out, n_rows, n_tiles, N, K, x_stride, SLICES: tl.constex
     release(PDL)
     mask = (rows[:, None] < n_rows) & (cols[None, :] < N)
     tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], tl.sum(acc, 0), mask=mask)
-
-
-@triton.jit
-def nibbles(q, s01, s23, ASM: tl.constexpr, DOT: tl.constexpr):
-    """Four planes of 4-bit numbers less 8 from 16-bit words, lowest bits first, times bf16 scales.
-
-    `s01` and `s23` hold the scales of two planes each. The product is rounded to bf16. In the
-    assembler two words at a time: a nibble in the mantissa of 128 is 128 + nibble in bf16.
-    """
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, one, less;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 less, 0xc308c308;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xea;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xea;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, $0, one, less;
-            fma.rn.bf16x2 $1, $1, one, less;
-            fma.rn.bf16x2 $2, $2, one, less;
-            fma.rn.bf16x2 $3, $3, one, less;
-            prmt.b32 t, $5, $5, 0x1010;
-            mul.rn.bf16x2 $0, $0, t;
-            prmt.b32 t, $5, $5, 0x3232;
-            mul.rn.bf16x2 $1, $1, t;
-            prmt.b32 t, $7, $7, 0x1010;
-            mul.rn.bf16x2 $2, $2, t;
-            prmt.b32 t, $7, $7, 0x3232;
-            mul.rn.bf16x2 $3, $3, t;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r", [q, s01, s23],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    u = q.to(tl.int32) & 0xFFFF
-    q0 = ((u & 15) - 8).to(tl.float32) * (s01 << 16).to(tl.float32, bitcast=True)
-    q1 = (((u >> 4) & 15) - 8).to(tl.float32) * (s01 >> 16 << 16).to(tl.float32, bitcast=True)
-    q2 = (((u >> 8) & 15) - 8).to(tl.float32) * (s23 << 16).to(tl.float32, bitcast=True)
-    q3 = (((u >> 12) & 15) - 8).to(tl.float32) * (s23 >> 16 << 16).to(tl.float32, bitcast=True)
-    return (q0.to(tl.bfloat16).to(DOT), q1.to(tl.bfloat16).to(DOT),
-            q2.to(tl.bfloat16).to(DOT), q3.to(tl.bfloat16).to(DOT))  # fmt: skip
-
-
-@triton.jit
-def octets(q, ASM: tl.constexpr, DOT: tl.constexpr):
-    """Two planes of 8-bit numbers less 128 from 16-bit words; exact.
-
-    The high nibble h in the mantissa of 128, times 16 less 2304, is 16 h - 256; added to 128 and
-    the low one that is the number less 128.
-    """
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, a, b, one, sixteen, less;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 sixteen, 0x41804180;
-            mov.b32 less, 0xc510c510;
-            lop3.b32 a, $2, 0x000f000f, 0x43004300, 0xea;
-            shr.u32 t, $2, 4;
-            lop3.b32 b, t, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 b, b, sixteen, less;
-            fma.rn.bf16x2 $0, a, one, b;
-            shr.u32 t, $2, 8;
-            lop3.b32 a, t, 0x000f000f, 0x43004300, 0xea;
-            shr.u32 t, $2, 12;
-            lop3.b32 b, t, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 b, b, sixteen, less;
-            fma.rn.bf16x2 $1, a, one, b;
-            }""",
-            "=&r,=&r,r", [q], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    u = q.to(tl.int32) & 0xFFFF
-    return ((u & 255) - 128).to(DOT), (((u >> 8) & 255) - 128).to(DOT)
-
-
-@triton.jit
-def plane(x, rows, k, n_rows, K, x_stride, DOT: tl.constexpr):
-    """Inputs [16, W] at columns k; zeros beyond the rows and inputs there are."""
-    mask = (rows[:, None] < n_rows) & (k[None, :] < K)
-    return tl.load(x + rows[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(
-        tl.bfloat16
-    ).to(DOT)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
-def packed_kernel(x, w, scales, parts, out, tickets, n_rows, n_tiles, N, K, n_blocks, s_stride,
-                  x_stride, BITS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
-                  TILES: tl.constexpr, ASM: tl.constexpr,
-                  PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """As linear_kernel, of 4- or 8-bit weights, 128 inputs a tile.
-
-    `w` is int16 [N / 64, n_blocks, 64, W]; word j of a row holds inputs j, j + W, …. `scales` of
-    4 bits is int32 [2 * n_blocks, s_stride], two bf16 of 32 inputs each; of 8 bits it is fp32 [N]
-    and multiplies the sum.
-    """
-    W: tl.constexpr = 8 * BITS
-    rows = tl.program_id(0) * 16 + tl.arange(0, 16)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    first = tl.program_id(2) * n_tiles
-    j = tl.arange(0, W)
-    base = (
-        w + tl.minimum(cols // 64, (N - 1) // 64).to(tl.int64) * n_blocks * (64 * W) + cols % 64 * W
-    )
-    wait(PDL)
-    acc = tl.zeros((16, BN), tl.float32)
-    for tile in range(TILES if TILES > 0 else n_tiles):
-        block = first + tile
-        there = tl.minimum(block, n_blocks - 1).to(tl.int64)
-        q = tl.load(base[:, None] + there * (64 * W) + j[None, :])
-        k = block * 128 + j
-        if BITS == 4:
-            s = scales + there * 2 * s_stride + cols
-            s01, s23 = tl.load(s)[:, None], tl.load(s + s_stride)[:, None]
-            q0, q1, q2, q3 = nibbles(q, s01, s23, ASM, DOT)
-            acc = tl.dot(plane(x, rows, k, n_rows, K, x_stride, DOT), q0.T, acc)
-            acc = tl.dot(plane(x, rows, k + 32, n_rows, K, x_stride, DOT), q1.T, acc)
-            acc = tl.dot(plane(x, rows, k + 64, n_rows, K, x_stride, DOT), q2.T, acc)
-            acc = tl.dot(plane(x, rows, k + 96, n_rows, K, x_stride, DOT), q3.T, acc)
-        else:
-            q0, q1 = octets(q, ASM, DOT)
-            acc = tl.dot(plane(x, rows, k, n_rows, K, x_stride, DOT), q0.T, acc)
-            acc = tl.dot(plane(x, rows, k + 64, n_rows, K, x_stride, DOT), q1.T, acc)
-    release(PDL)
-    if BITS == 8:
-        acc = acc * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
-    finish(acc, rows, cols, parts, out, tickets, n_rows, N, SPLIT)
 
 
 @triton.jit
@@ -271,14 +199,17 @@ def embed_kernel(w, scales, token, out, scale, K, n_blocks, s_stride, BITS: tl.c
 @triton.jit(do_not_specialize=["n_pairs"])
 def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
                   PER_PAIR: tl.constexpr, PAIRS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+                  GATE: tl.constexpr, SILU: tl.constexpr, PDL: tl.constexpr,
+                  DOT: tl.constexpr):  # fmt: skip
     """Rows of pairs times their own block of the weight [E, N, K]; `out` is [pairs, N].
 
+    With GATE 1 the second half of the N outputs is gated by the first, and `out` has N / 2.
     Every sixteenth pair of a block leads: its program reads the block's weights once for itself
     and the up to 15 pairs of the block behind it. A row's sum runs over K alone.
     """
     wait(PDL)
     lead = tl.program_id(1)
+    n_out = N // 2 if GATE == 1 else N
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     q = tl.arange(0, PAIRS)
     block = tl.load(ids + lead)
@@ -293,13 +224,18 @@ def expert_kernel(x, w, ids, out, n_pairs, N, K: tl.constexpr, A: tl.constexpr,
         rows = pairs if PER_PAIR else pairs // A
         base = w + block.to(tl.int64) * N * K
         acc = tl.zeros((16, BN), tl.float32)
+        up = acc
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
             x_tile = tl.load(x + rows[:, None] * K + k[None, :],
                              mask=real[:, None] & (k[None, :] < K), other=0.0)  # fmt: skip
-            tile = tl.load(base + cols[:, None] * K + k[None, :],
-                           mask=(cols[:, None] < N) & (k[None, :] < K), other=0.0)  # fmt: skip
-            acc = tl.dot(x_tile.to(tl.bfloat16).to(DOT), tile.to(DOT).T, acc)
+            x_tile = x_tile.to(tl.bfloat16).to(DOT)
+            acc = tl.dot(x_tile, weight_tile(base, cols, k, n_out, K, False).to(DOT).T, acc)
+            if GATE == 1:
+                w_up = weight_tile(base + n_out * K, cols, k, n_out, K, False)
+                up = tl.dot(x_tile, w_up.to(DOT).T, up)
         release(PDL)
-        tl.store(out + pairs[:, None] * N + cols[None, :], acc,
-                 mask=real[:, None] & (cols[None, :] < N))  # fmt: skip
+        if GATE == 1:
+            acc = activate(acc, SILU) * up
+        tl.store(out + pairs[:, None] * n_out + cols[None, :], acc,
+                 mask=real[:, None] & (cols[None, :] < n_out))  # fmt: skip

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from outdraft.ops.base import DeltaGates, StateRows
+from outdraft.ops.base import DeltaGates, SigmoidRouter, StateRows, StateSpace
 
 
 class NoRecurrence:
@@ -19,7 +19,12 @@ class NoRecurrence:
         raise NotImplementedError
 
     def short_conv(
-        self, x_TC: Tensor, weight_WC: Tensor, state_SWC: Tensor, rows: StateRows
+        self,
+        x_TC: Tensor,
+        weight_WC: Tensor,
+        state_SWC: Tensor,
+        rows: StateRows,
+        bias_C: Tensor | None = None,
     ) -> Tensor:
         """Not there.
 
@@ -46,6 +51,38 @@ class NoRecurrence:
         raise NotImplementedError
 
     def gated_norm(self, x_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        """Not there.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError
+
+
+class NoStateSpace:
+    """Mamba 2 layers and routing by sigmoids."""
+
+    __slots__ = ()
+
+    def scan(
+        self, x_TC: Tensor, dt_TH: Tensor, space: StateSpace, state_SHNP: Tensor, rows: StateRows
+    ) -> Tensor:
+        """Not there.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError
+
+    def group_norm(self, x_TGV: Tensor, gate_TGV: Tensor, weight_GV: Tensor, eps: float) -> Tensor:
+        """Not there.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError
+
+    def route_sigmoid(self, scores_TE: Tensor, router: SigmoidRouter) -> tuple[Tensor, Tensor]:
         """Not there.
 
         Raises:

@@ -23,24 +23,24 @@ from outdraft.ops.base import (
     Role,
     Rotary,
 )
-from outdraft.ops.cuda import kernels, linears
+from outdraft.ops.cuda import kernels, linears, norms
 from outdraft.ops.cuda.attention import attend
 from outdraft.ops.cuda.cuts import Cut, cut_of
+from outdraft.ops.cuda.fused import FusedOps, launch_norm
 from outdraft.ops.cuda.graph import GraphProgram
-from outdraft.ops.cuda.missing import NoRecurrence
-from outdraft.ops.cuda.product import launch
+from outdraft.ops.cuda.missing import NoRecurrence, NoStateSpace
+from outdraft.ops.cuda.product import Gate, launch
 from outdraft.ops.cuda.weights import CudaWeight, pack
 from outdraft.ops.packed import Format
 from outdraft.ops.record import Replayable
 from outdraft.ops.stored import StoredWeight
 
 MAX_PAIRS = 1024
-BEST_PART = 4096
 BLOCK = 1024
 
 
 @dataclass(slots=True)
-class CudaOps(NoRecurrence):
+class CudaOps(NoRecurrence, NoStateSpace, FusedOps):
     """See the module docstring. A `device` of type cpu is Triton's interpreter, for tests.
 
     Attributes:
@@ -150,22 +150,24 @@ class CudaOps(NoRecurrence):
 
     def linear(self, x_TK: Tensor, weight: CudaWeight, dtype: torch.dtype | None = None) -> Tensor:
         """See `Ops.linear`; fp32 unless told."""
-        x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
         out = self._empty(x_TK.shape[0], weight.n, dtype=dtype or torch.float32)
         self.launch_linear(x_TK, weight, out, cut_of(weight.n, weight.k, weight.bits))
         return out
 
-    def launch_linear(self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut) -> None:
-        """x W^T into `out`, cut like this."""
+    def launch_linear(
+        self, x_TK: Tensor, weight: CudaWeight, out: Tensor, cut: Cut, gate: Gate | None = None
+    ) -> None:
+        """x W^T into `out`, cut and gated like this."""
+        x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
         if self.program is not None:
             self.program.product()
-        launch(x_TK, weight, out, cut, self.tickets, self._dot, self._launch)
+        launch(x_TK, weight, out, cut, self.tickets, self._dot, self._launch, gate)
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
         x_TK = x_TK.contiguous()
         out = self._empty(*x_TK.shape, dtype=x_TK.dtype)
-        self._norm(x_TK, None, out, out, weight_K, None, eps, 1.0)
+        launch_norm(x_TK, None, out, [out], weight_K, [None], eps, 1.0, self._launch)
         return out
 
     def add_norm(
@@ -180,28 +182,8 @@ class CudaOps(NoRecurrence):
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.add_norm`; the norm, which linears read, in bf16."""
         y, out = self._empty(*x_TK.shape), self._empty(*x_TK.shape, dtype=torch.bfloat16)
-        self._norm(x_TK, residual_TK, y, out, weight_K, next_weight, eps, scale)
+        launch_norm(x_TK, residual_TK, y, [out], weight_K, [next_weight], eps, scale, self._launch)
         return y, out
-
-    def _norm(
-        self,
-        x_TK: Tensor,
-        residual_TK: Tensor | None,
-        y: Tensor,
-        out: Tensor,
-        weight_K: Tensor | None,
-        next_weight: Tensor | None,
-        eps: float,
-        scale: float,
-    ) -> None:
-        t, k = x_TK.shape
-        kernels.norm_kernel[(t,)](
-            x_TK, x_TK if residual_TK is None else residual_TK,
-            x_TK if weight_K is None else weight_K, x_TK if next_weight is None else next_weight,
-            y, out, k, eps, scale, ADD=residual_TK is not None, HAS_W=weight_K is not None,
-            HAS_NEXT=next_weight is not None, BLOCK=triton.next_power_of_2(k),
-            num_warps=16 if k > 2048 else 4, **self._launch,
-        )  # fmt: skip
 
     def add(self, x_TK: Tensor, residual_TK: Tensor, scale: float = 1.0) -> Tensor:
         """See `Ops.add`."""
@@ -249,7 +231,7 @@ class CudaOps(NoRecurrence):
         cos, sin, position = (x_TGD,) * 3
         if rotary is not None:
             cos, sin, position = rotary.cos, rotary.sin, rotary.position_T
-        kernels.head_kernel[(t, g)](
+        norms.head_kernel[(t, g)](
             x_TGD, x_TGD if weight_D is None else weight_D, cos, sin, position,
             x_TGD if slots is None else slots.page_T, x_TGD if slots is None else slots.slot_T,
             out, x_TGD.stride(0), g, out.stride(0), out.stride(1), eps or 0.0, D=d,
@@ -295,30 +277,42 @@ class CudaOps(NoRecurrence):
     ) -> Tensor:
         """See `Ops.experts`."""
         t, count = ids_TA.shape
-        inner, k = down.k, x_TK.shape[1]
-        both = self._blocks(x_TK, gate_up, ids_TA, per_pair=False)
-        y = self._blocks(
-            self.gated(both[:, :inner], both[:, inner:], activation), down, ids_TA, per_pair=True
-        )
+        k = x_TK.shape[1]
+        inner = self.blocks(x_TK, gate_up, ids_TA, per_pair=False, gate=activation)
+        y = self.blocks(inner, down, ids_TA, per_pair=True)
         out = self._empty(t, k)
         kernels.combine_kernel[(t, triton.cdiv(k, BLOCK))](
             y, weights_TA, out, k, A=count, BLOCK=BLOCK, **self._launch
         )
         return out
 
-    def _blocks(self, x: Tensor, weight: CudaWeight, ids_TA: Tensor, *, per_pair: bool) -> Tensor:
-        """fp32 [pairs, N]."""
-        n, count = weight.n, ids_TA.shape[1]
+    def blocks(
+        self,
+        x: Tensor,
+        weight: CudaWeight,
+        ids_TA: Tensor,
+        *,
+        per_pair: bool,
+        gate: Activation | None = None,
+    ) -> Tensor:
+        """Rows times their blocks, fp32 [pairs, N]; gated by their second half bf16 [pairs, N / 2].
+
+        Args:
+            x: [T, K], or `per_pair` [pairs, K].
+        """
+        n, count = weight.n if gate is None else weight.n // 2, ids_TA.shape[1]
         x, ids_TA = x.contiguous(), ids_TA.contiguous()
-        out = self._empty(ids_TA.numel(), n)
-        rows = MAX_PAIRS // count
+        dtype = torch.float32 if gate is None else torch.bfloat16
+        out = self._empty(ids_TA.numel(), n, dtype=dtype)
+        rows, tile_n = MAX_PAIRS // count, 32 if gate is None else 16
         for t in range(0, ids_TA.shape[0], rows):
             ids = ids_TA[t : t + rows]
             step = count if per_pair else 1
-            linears.expert_kernel[(triton.cdiv(n, 32), ids.numel())](
-                x[t * step :], weight.data, ids, out[t * count :], ids.numel(), n, weight.k,
+            linears.expert_kernel[(triton.cdiv(n, tile_n), ids.numel())](
+                x[t * step :], weight.data, ids, out[t * count :], ids.numel(), weight.n, weight.k,
                 A=count, PER_PAIR=per_pair, PAIRS=max(16, triton.next_power_of_2(ids.numel())),
-                BN=32, BK=128, DOT=self._dot, num_stages=4, **self._launch,
+                GATE=int(gate is not None), SILU=gate == "silu", BN=tile_n, BK=128,
+                DOT=self._dot, num_stages=4, **self._launch,
             )  # fmt: skip
         return out
 
@@ -335,7 +329,7 @@ class CudaOps(NoRecurrence):
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor, n_vocab: int
     ) -> Tensor:
         """See `Ops.score_blocks`."""
-        scores = self._blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
+        scores = self.blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
         logits_TV = torch.full((x_TK.shape[0], n_vocab), float("-inf"), device=self.device)
         ids_TX = ids_CN[chosen_TA.long()].flatten(1).long()
         return logits_TV.scatter_(1, ids_TX, scores.view(ids_TX.shape))
@@ -354,32 +348,17 @@ class CudaOps(NoRecurrence):
 
     def best(self, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
         """See `Ops.best`."""
-        t, v = logits_TV.shape
-        n_parts = triton.cdiv(v, BEST_PART)
-        value, mass = self._empty(t, n_parts), self._empty(t, n_parts)
-        index = self._empty(t, n_parts, dtype=torch.int32)
-        out, sure = self._empty(t, dtype=torch.int32), self._empty(t)
-        kernels.best_kernel[(t, n_parts)](
-            logits_TV, value, index, mass, v, n_parts, BLOCK=BEST_PART, num_warps=8, **self._launch
-        )
-        kernels.best_merge_kernel[(t,)](
-            value, index, mass, out, sure, n_parts, PARTS=triton.next_power_of_2(n_parts),
-            **self._launch,
-        )  # fmt: skip
-        return out, sure
+        return self._best(logits_TV, finite=False)
 
     def best_of_blocks(
         self, x_TK: Tensor, blocks: CudaWeight, ids_CN: Tensor, chosen_TA: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.best_of_blocks`."""
         t, count = chosen_TA.shape
-        scores = self._blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
+        scores = self.blocks(x_TK, blocks, chosen_TA.contiguous(), per_pair=False)
         out, sure = self._empty(t, dtype=torch.int32), self._empty(t)
         kernels.best_of_blocks_kernel[(t,)](
             scores, ids_CN, chosen_TA.contiguous(), out, sure, ids_CN.shape[1], A=count,
             BLOCK=triton.next_power_of_2(count * ids_CN.shape[1]), num_warps=8, **self._launch,
         )  # fmt: skip
         return out, sure
-
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, device=self.device, dtype=dtype)
