@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup browser demo demo-server test test-asan prove lint format types docs bench clean
+.PHONY: help setup browser demo demo-server hybrid test test-asan prove lint format types docs bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,11 @@ demo: setup      ## run the built-in model: coloured drafts, then a short benchm
 
 demo-server: setup  ## serve the built-in model and its page at http://127.0.0.1:8080
 	$(BIN)/outdraft serve demo
+
+hybrid: setup    ## train a small hybrid with a head of its own (half an hour), prove and measure it
+	$(BIN)/outdraft pretrain hybrid --minutes 30 --out out/hybrid
+	$(BIN)/outdraft verify out/hybrid
+	$(BIN)/outdraft bench out/hybrid
 
 test: setup browser ## everything that must hold, in minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -36,7 +36,7 @@ def synthetic_vocab(shape: Shape, target: TargetModel, n_ids: int) -> DraftVocab
     n_vocab = shape.target.vocab_size
     ids = choose_ids(n_ids, n_vocab, ())
     rows = nothing_but_shape((len(ids), shape.target.hidden_size))
-    weight = target.ops.pack(rows, "embedding")
+    weight = target.ops.pack(rows, "embedding")  # type: ignore[arg-type]
     return DraftVocab(torch.tensor(ids), weight, target.ops, n_vocab)
 
 

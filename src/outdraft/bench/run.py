@@ -10,6 +10,7 @@ from typing import Any
 
 from outdraft.bench.prompts import Prompt
 from outdraft.engine.engine import LLM
+from outdraft.errors import OutdraftError
 from outdraft.request import SamplingParams
 from outdraft.speculate.stats import DraftStats, StepTimes
 
@@ -85,6 +86,8 @@ def own_arms(llm: LLM, k: int) -> list[Arm]:
             else:
                 llm.set_draft_n_max(n)
             done = llm.generate(tokens, params)
+            if done.error is not None:
+                raise OutdraftError(f"the engine failed: {done.error}", "see `outdraft doctor`")
             return Measurement(done.tokens, done.prefill_s, done.decode_s, done.stats, done.times)
 
         return measure

@@ -8,6 +8,7 @@ than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape
 
 import random
 import sys
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,6 +52,7 @@ MAX_ROWS = 8
 READ_BYTES = 1 << 30
 SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
 FIRST_TOKEN = 2
+WARM_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,10 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     draft_s = rig.time_draft_step(settings.draft_steps, settings.rounds)
     pass_s = {int(row["rows"]): row["us"] / 1e6 for row in rows}
     part_s = rig.time_part(shape, settings)
-    drafting = forecast(acceptance, plain.seconds, pass_s, draft_s)
+    steps = {}
+    if settings.device.type != "cpu":
+        steps = {k: rig.time_drafting(k, settings.rounds) for k in range(1, len(acceptance) + 1)}
+    drafting = forecast(acceptance, plain.seconds, pass_s, draft_s, steps)
     best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
     bytes_per_token = rows[0]["bytes"]
     return {
@@ -131,17 +136,18 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
 
 
 def forecast(
-    acceptance: Seq[float], plain_s: float, pass_s: dict[int, float], draft_s: float
-) -> list[dict[str, float]]:
+    acceptance: Seq[float], plain_s: float, pass_s: dict[int, float], draft_s: float,
+    steps: dict[int, float] | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
     """Speed at every draft length, from measured costs and a given conditional acceptance.
 
     A step of k drafts takes k draft steps, a pass of k + 1 rows and what the engine does beside
     it, and gives one token and the drafts accepted with all before them: 1 + a1 + a1 a2 + ...
 
     Args:
-        plain_s: a step of plain decoding.
-        pass_s: number of rows -> a pass.
+        plain_s: a step of plain decoding; pass_s: number of rows -> a pass.
         draft_s: a draft step.
+        steps: number of drafts -> a whole step of the engine, where it was measured as one.
     """
     found = []
     rest_s = max(0.0, plain_s - pass_s[1])
@@ -149,6 +155,7 @@ def forecast(
         if k + 1 not in pass_s:
             break
         tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s + rest_s
+        seconds = (steps or {}).get(k, seconds)
         found.append(
             {
                 "k": k,
@@ -162,7 +169,7 @@ def forecast(
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Plain decoding: median time of an engine's step, and the share of it outside the kernels."""
+    """Plain decoding: time of an engine's step, and the share of it outside the kernels."""
 
     seconds: float
     python_share: float
@@ -225,16 +232,34 @@ class Rig:
         return self.runner.target_pass.run(tokens, [Span(SEQUENCE, 0, n)], list(range(n)))
 
     def decode(self, n_tokens: int) -> Decoding:
-        """Greedy decoding by the engine; the first step, which records, is not counted."""
+        """Greedy decoding by the engine; the first steps, which record, are not counted."""
         sequence = self.new_sequence()
         plan = StepPlan([Work(SEQUENCE, 1, 0)])
-        self.runner.execute(plan, {SEQUENCE: sequence})
-        (program,) = self.ops.programs
-        before_s, n_before = program.seconds, program.n_replays
+        for _ in range(WARM_STEPS):
+            self.runner.execute(plan, {SEQUENCE: sequence})
+        before_s, n_before = self._replayed()
+        start = time.perf_counter()
         steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(n_tokens)]
-        in_kernels = (program.seconds - before_s) / (program.n_replays - n_before)
+        after_s, n_after = self._replayed()
         seconds = median(steps)
+        if self.memory.device.type != "cpu":  # one pass was done before, and one more is done now
+            seconds = (time.perf_counter() - start) / n_tokens
+        self.runner.target_pass.ahead.drop()
+        in_kernels = (after_s - before_s) / (n_after - n_before)
         return Decoding(seconds, max(0.0, 1 - in_kernels / seconds))
+
+    def _replayed(self) -> tuple[float, int]:
+        """Seconds in recorded calls so far, all of which are waited for, and their number."""
+        programs = self.ops.programs
+        return sum(p.seconds for p in programs), sum(p.n_replays for p in programs)
+
+    def time_drafting(self, k: int, rounds: int) -> float:
+        """Seconds of an engine's step of k drafts, none of which is kept."""
+        sequence = self.new_sequence()
+        self.runner.execute(StepPlan([Work(SEQUENCE, 1, 0)]), {SEQUENCE: sequence})
+        plan = StepPlan([Work(SEQUENCE, 1, k)])
+        steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(rounds + 2)]
+        return median(steps[2:])
 
     def new_sequence(self) -> Sequence:
         """The sequence behind the context, as the engine sees it: greedy, never ending."""

@@ -1,4 +1,4 @@
-"""`outdraft pretrain`: a hybrid with a native head from text. Not here: how (hybrid_run.py)."""
+"""`outdraft pretrain`: a hybrid with a native head, from text. Not here: how (train/)."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outdraft.cli.options import Assistant, Bits, Model
+from outdraft.cli.options import Adapter, Bits, Model
 
 NOTHING_GAINED = 3
 
@@ -24,7 +24,11 @@ def tune(
     heldout: Annotated[
         list[Path] | None, typer.Option(help="To measure by, instead of a part of --data.")
     ] = None,
-    assistant: Assistant = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(help="The drafter to start from; found by itself if not given; new: none."),
+    ] = None,
+    adapter: Adapter = None,
     quant: Bits = "auto",
     minutes: Annotated[float, typer.Option(help="About how long the whole run may take.")] = 15.0,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of what fits.")] = None,
@@ -61,13 +65,24 @@ def _run(out: Path, given: dict[str, Any], *, fresh: bool) -> None:
 
     from outdraft.cli.train import ProgressBars
     from outdraft.train.trainer import TrainingStopped
-    from outdraft.train.tune import NothingGained, TuneSettings, tune
+    from outdraft.train.tune import NothingGained, tune
+    from outdraft.train.tune_settings import TuneSettings
 
     values = {f.name: given[f.name] for f in fields(TuneSettings) if f.name in given}
     for name in ("data", "heldout"):
         values[name] = tuple(str(path) for path in given[name] or ())
     settings = TuneSettings(target=given["model"], **values)
     console = Console(stderr=True)
+    if settings.new:
+        from outdraft.train.propose import propose_assistant
+        from outdraft.train.served import check_target
+        from outdraft.weights.config import read_config
+        from outdraft.weights.find import resolve_model
+
+        path = resolve_model(settings.target)
+        check_target(path)
+        for reason in propose_assistant(read_config(path)).reasons:
+            console.print(f"A new drafter: {reason}.")
     with ProgressBars(console) as bars:
         try:
             report = tune(out, settings, bars.report, fresh=fresh)
@@ -75,7 +90,8 @@ def _run(out: Path, given: dict[str, Any], *, fresh: bool) -> None:
             console.print("Stopped. The same command goes on from here.")
             raise typer.Exit(130) from None
         except NothingGained as reason:
-            console.print(f"Nothing was written: {reason}")
+            kept = "" if settings.new else "kept the stock drafter; "
+            console.print(f"Nothing was written: {kept}{reason}")
             raise typer.Exit(NOTHING_GAINED) from None
     console.print(summary_of(out, report))
 

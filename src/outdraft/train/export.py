@@ -3,7 +3,7 @@
 Here: names and types on disk. Not here: checkpoints of a run that goes on (checkpoint.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from outdraft.models.gemma4_config import Gemma4Config
 from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.tokenizer import BOS_ID, END_OF_TURN_ID, EOS_ID, PAD_ID
 from outdraft.weights.checkpoint import Checkpoint
-from outdraft.weights.config import CONFIG_NAME, read_config
+from outdraft.weights.config import CONFIG_NAME, read_config, read_json
 from outdraft.weights.load import load_tensors
 from outdraft.weights.save import new_directory, write_json, write_weights
 
+_GENERATION = "generation_config.json"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _COPIED = (
-    "generation_config.json",
+    _GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -71,14 +73,50 @@ def export_like(directory: Path, source: Path, weights: Mapping[str, Tensor]) ->
     config = read_config(source)
     config.pop("quantization_config", None)
     config["dtype"] = "bfloat16"
+    _export(directory, source, config, weights, _COPIED)
+
+
+def export_new(
+    directory: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    target: Path,
+    n_draft: int,
+) -> None:
+    """Write a new assistant in bf16 with copies of its target's tokenizer.
+
+    Args:
+        n_draft: tokens it drafts where nothing else is asked for.
+
+    Raises:
+        TrainingError: the directory is there already, or cannot be written.
+    """
+    known = target / _GENERATION
+    tokens = read_json(known, "generation config") if known.exists() else {}
+    generation = {name: tokens[name] for name in _TOKENS if name in tokens}
+    generation["num_assistant_tokens"] = n_draft
+    copied = [name for name in _COPIED if name != _GENERATION]
+    _export(directory, target, config, weights, copied, generation)
+
+
+def _export(
+    directory: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    copied: Collection[str],
+    generation: Mapping[str, Any] | None = None,
+) -> None:
     stored = {
         name if name.startswith(_TOP_LEVEL) else f"model.{name}": _stored(weight)
         for name, weight in weights.items()
     }
     with new_directory(directory) as unfinished:
         for path in source.iterdir():
-            if path.name in _COPIED:
+            if path.name in copied:
                 (unfinished / path.name).write_bytes(path.read_bytes())
+        if generation is not None:
+            write_json(unfinished / _GENERATION, generation)
         write_json(unfinished / CONFIG_NAME, config)
         write_weights(unfinished, stored)
 

@@ -14,15 +14,20 @@ Shapes: N rows, K target hidden size, r the assistant's, V vocabulary.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from outdraft.errors import TrainingError
 from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4_assistant import expected_tensors
 from outdraft.models.gemma4_config import AssistantConfig
+from outdraft.train.export import export_new
 from outdraft.train.pretrain import run_target
+from outdraft.train.propose import propose_assistant
 from outdraft.train.weights import fresh_weights
+from outdraft.weights.config import read_config
 
 RIDGE = 1e-3  # of the mean eigenvalue
 BRANCH = 0.1  # weight of what a layer adds at first
@@ -60,6 +65,23 @@ def first_weights(
     weights["post_projection.weight"][:, :rank] = (root_KK @ leading_Kr).float()
     weights["pre_projection.weight"][:rank] = torch.linalg.solve(moments, products).T.float()
     return weights
+
+
+def write_first(
+    directory: Path, target: Gemma4, source: Path, texts: Sequence[Sequence[int]], n_draft: int
+) -> None:
+    """A new assistant for the target in `source`, as a directory that the engine loads.
+
+    Raises:
+        TrainingError: there is no text, or it cannot be written.
+    """
+    if not texts:
+        raise TrainingError(
+            "there is no text to begin a new drafter with", "give text beside the conversations"
+        )
+    proposal = propose_assistant(read_config(source))
+    weights = first_weights(target, proposal.shape, texts, 0)
+    export_new(directory, proposal.config, weights, source, n_draft)
 
 
 def _states(target: Gemma4, texts: Sequence[Sequence[int]], n_rows: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,19 @@ def is_better(change: Measured) -> bool:
     return change.tokens_per_pass > SURE * change.standard_error
 
 
+def in_words(measured: Measured) -> str:
+    """For people."""
+    return f"{measured.tokens_per_pass:.2f} ± {measured.standard_error:.2f}"
+
+
+def summed(parts: Sequence[DraftStats]) -> DraftStats:
+    """Of all prompts."""
+    total = DraftStats()
+    for part in parts:
+        total.merge(part)
+    return total
+
+
 def _counts(parts: Sequence[DraftStats]) -> tuple[Tensor, Tensor]:
     emitted = torch.tensor([part.n_emitted for part in parts], dtype=torch.float64)
     passes = torch.tensor([part.n_passes for part in parts], dtype=torch.float64)

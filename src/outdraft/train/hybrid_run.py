@@ -285,6 +285,8 @@ def measure(
         done = llm.generate_all(prompts, params)
     stats = DraftStats()
     for one in done:
+        if one.error is not None:
+            raise TrainingError(f"the engine failed: {one.error}", "see `outdraft doctor`")
         stats.merge(one.stats)
     return [one.tokens for one in done], stats
 

@@ -1,4 +1,4 @@
-"""The multi-token prediction loss of Megatron-Core: a head that learns with its model.
+"""The multi-token prediction loss of Megatron-Core: a head learns with the model it is part of.
 
 With x the tokens, h^0 the model's states behind its final norm and k = 1 .. D the depth,
 
@@ -6,10 +6,11 @@ With x the tokens, h^0 the model's states behind its final norm and k = 1 .. D t
     the model's own output head scores h^k_i for x_{i+k+1}
     L = L_main + (scale / D) sum over k of (sum of m CE_k) / max(1, sum of m)
 
-Tokens, labels and the mask m move by one place a depth and never across the end of a text
-(`megatron/core/transformer/multi_token_prediction.py`: roll_tensor, MTPLossAutoScaler). Rows whose
-label has moved off the end are left out here instead of masked: no other row sees them. All depths
-have the same positions, of which rotary attention uses only differences.
+Tokens, labels and the mask m move by one place a depth, and no row counts whose label has moved
+across the end of its text (`megatron/core/transformer/multi_token_prediction.py`: roll_tensor,
+MTPLossAutoScaler). Rows whose label has moved off the end of a window are left out: no other row
+sees them. Texts of a window do see those before, as in the model itself. All depths have the same
+positions, of which rotary attention uses only differences.
 
 Shapes: B sequences, S tokens, D depths, T rows, K hidden size.
 """

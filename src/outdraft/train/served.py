@@ -16,12 +16,16 @@ from torch import Tensor
 
 from outdraft.config import EngineConfig
 from outdraft.errors import TrainingError
-from outdraft.models import gemma4, gemma4_assistant
+from outdraft.models import gemma4, gemma4_assistant, mtp, qwen3_5
 from outdraft.models.gemma4 import Gemma4
-from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
+from outdraft.models.gemma4_config import TARGET_TYPES, AssistantConfig, Gemma4Config
+from outdraft.models.qwen3_5 import Qwen35
+from outdraft.models.qwen3_5_config import MODEL_TYPES as QWEN35_TYPES
+from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import (
     CANDIDATES,
     GEMMA4,
+    QWEN35,
     find_adapter,
     open_weights,
     resolve_dtype,
@@ -44,14 +48,37 @@ class AsServed(BatchedOps):
     def pack(self, weight: Any, role: Role = "linear") -> Tensor:
         """See `Ops.pack`: fp32 of the weight's shape."""
         if weight.ndim != 2:
-            raise TrainingError(
-                "a target with experts cannot be tuned for yet", "tune for a dense target"
-            )
+            raise _experts()
         packed = self.kernels.pack(weight, role)
         n_inputs = weight.shape[1]
         rows = torch.arange(weight.shape[0], dtype=torch.int32)
         values = self.kernels.embed(packed, rows, 1.0).reshape(-1, n_inputs)
         return values.clone()
+
+
+def check_target(path: Path) -> None:
+    """Refuse targets that nothing here can be tuned for, before anything is computed.
+
+    Raises:
+        ModelError: its config cannot be read.
+        TrainingError: it is neither a Gemma 4 nor a Qwen 3.5, or has experts.
+    """
+    raw = read_config(path)
+    if raw.get("model_type") in QWEN35_TYPES:
+        moe: object = Qwen35Config.from_hf(raw).moe
+    elif raw.get("model_type") in TARGET_TYPES:
+        moe = Gemma4Config.from_hf(raw).moe
+    else:
+        raise TrainingError(
+            f"{path} is a {raw.get('model_type')!r:.40}: assistants are for Gemma 4",
+            "give a Gemma 4 target, or a Qwen 3.5 with a head of its own",
+        )
+    if moe is not None:
+        raise _experts()
+
+
+def _experts() -> TrainingError:
+    return TrainingError("a target with experts cannot be tuned for yet", "give a dense target")
 
 
 def served_target(path: Path, engine: EngineConfig) -> Gemma4:
@@ -77,6 +104,49 @@ def served_target(path: Path, engine: EngineConfig) -> Gemma4:
     format: Format = resolve_quant(engine, bits, drafter=False)
     weights.stored = True
     return Gemma4(config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES)))
+
+
+def served_hybrid(path: Path, engine: EngineConfig) -> Qwen35:
+    """As `served_target`, of a Qwen 3.5.
+
+    Raises:
+        ModelError: it or the adapter cannot be read.
+        TrainingError: it has experts.
+    """
+    raw = read_config(path)
+    config = Qwen35Config.from_hf(raw)
+    weights, _, bits = open_weights(
+        Checkpoint.open(path),
+        raw,
+        qwen3_5.expected_tensors(config),
+        qwen3_5.ignore_rules(config),
+        prefixes=qwen3_5.PREFIXES,
+        dtype=resolve_dtype(engine.dtype, config.dtype),
+    )
+    adapter = find_adapter(engine, QWEN35, config)
+    if adapter is not None:
+        weights.changed = adapter.merged
+    format: Format = resolve_quant(engine, bits, drafter=False)
+    weights.stored = True
+    return Qwen35(config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES)))
+
+
+def head_leaves(path: Path) -> dict[str, Tensor]:
+    """The weights of a Qwen 3.5's head in fp32, by canonical name.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    raw = read_config(path)
+    stored, _, _ = open_weights(
+        Checkpoint.open(path),
+        raw,
+        mtp.expected_tensors(Qwen35Config.from_hf(raw)),
+        mtp.IGNORED,
+        prefixes=mtp.PREFIXES,
+        dtype=torch.float32,
+    )
+    return {name: torch.as_tensor(stored[name]) for name in stored}
 
 
 def assistant_leaves(path: Path) -> tuple[AssistantConfig, dict[str, Tensor]]:

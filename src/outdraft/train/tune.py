@@ -5,33 +5,50 @@ is removed when the run has ended; the output appears only if the new drafter is
 order and the decisions. Not here: the objective (tuning.py), the comparison (gate.py).
 """
 
-import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from outdraft.config import EngineConfig, Quant
+from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
 from outdraft.errors import PairingError, TrainingError
 from outdraft.request import SamplingParams
 from outdraft.speculate.stats import DraftStats
+from outdraft.train import native_tune
 from outdraft.train.checkpoint import CheckpointStore, fingerprint, replace_json
 from outdraft.train.export import export_like
-from outdraft.train.gate import Measured, difference, is_better, tokens_per_pass
-from outdraft.train.losses import DRAFT_LOSSES
+from outdraft.train.first import write_first
+from outdraft.train.gate import difference, in_words, is_better, summed, tokens_per_pass
 from outdraft.train.optimiser import OptimiserConfig
 from outdraft.train.plot import plot_tuning
+from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.rollouts import TEMPERATURES
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
-from outdraft.train.served import assistant_leaves, served_target
-from outdraft.train.trainer import Phase, Progress, Report, StopFlag, run_phase, seconds_per_step
+from outdraft.train.served import assistant_leaves, check_target, served_target
+from outdraft.train.stitch import make_whole
+from outdraft.train.trainer import (
+    Objective,
+    Phase,
+    Progress,
+    Report,
+    StopFlag,
+    run_phase,
+    seconds_per_step,
+)
+from outdraft.train.tune_settings import LEAST_HELDOUT, TuneSettings, data_digest
 from outdraft.train.tuning import Texts, Tuning
-from outdraft.train.tuning_data import Prompt, by_hash, read_prompts, split_by_hash
+from outdraft.train.tuning_data import (
+    Prompt,
+    by_hash,
+    read_passages,
+    read_prompts,
+    split_by_hash,
+)
 from outdraft.train.weights import fastest_dtype, make_trainable
 from outdraft.weights.config import read_json
 from outdraft.weights.find import find_assistant, resolve_model
@@ -41,8 +58,12 @@ ENOUGH = 0.9
 
 BATCH = 12
 CANDIDATES = 3
-LEAST_HELDOUT = 8
+FIRST_NAME = "first"
 _WRITING_SHARE = 0.3  # of the time left when it begins
+_NEW_WRITING_SHARE = 0.15  # text of the data is there beside
+_LEAD_SHARE = 0.6  # of the steps: a new drafter's on text of the data
+_OPTIMISER = OptimiserConfig(muon_lr=0.005, adam_lr=5e-4)
+_NEW_OPTIMISER = OptimiserConfig(muon_lr=0.02, adam_lr=4e-3)
 _TRAINING_SHARE = 0.8  # the rest is for selection
 _CHUNK = 32  # prompts continued at once
 _FROZEN = ("layer_scalar", "token_ordering", "centroids.weight")
@@ -50,48 +71,6 @@ _FROZEN = ("layer_scalar", "token_ordering", "centroids.weight")
 
 class NothingGained(Exception):
     """There was nothing to gain, or nothing was gained; nothing was written. Says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuneSettings:
-    """What the user asks for. `steps` and `samples`, where given, replace what fits in `minutes`.
-
-    Raises:
-        TrainingError: a value is impossible.
-    """
-
-    target: str
-    data: tuple[str, ...]
-    heldout: tuple[str, ...] = ()
-    assistant: str | None = None
-    quant: Quant = "auto"
-    minutes: float = 15.0
-    steps: int | None = None
-    samples: int | None = None
-    loss: str = "kl"
-    draft_n: int | None = None
-    n_heldout: int = 48
-    prompt_tokens: int = 64
-    new_tokens: int = 128
-    seed: int = 0
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("minutes", 1e-3, 1e6),
-            ("steps", 1, 1e9),
-            ("samples", 1, 1e9),
-            ("draft_n", 2, 16),
-            ("n_heldout", LEAST_HELDOUT * 2, 1e6),
-            ("prompt_tokens", 2, 1e6),
-            ("new_tokens", 8, 1e6),
-            ("seed", 0, 2**31 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise TrainingError(f"{name} is {value}", f"use {low:g} to {high:g}")
-        if self.loss not in DRAFT_LOSSES:
-            raise TrainingError(f"loss is {self.loss!r}", f"use one of {', '.join(DRAFT_LOSSES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +94,12 @@ class Tune:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise TrainingError(f"{out} exists already", "choose another --out")
         self.target = resolve_model(settings.target)
-        choice = find_assistant(self.target, settings.assistant)
-        if choice.path is None:
-            raise PairingError(f"no drafter to start from: {choice.reason}", "give --assistant")
-        self.stock = choice.path
+        check_target(self.target)
+        self.native = native_tune.has_own_head(self.target)
+        self.stock = self._find_stock()
         if fresh:
             shutil.rmtree(self.work, ignore_errors=True)
-        wanted = asdict(settings) | {"digest": _digest(settings)}
+        wanted = asdict(settings) | {"digest": data_digest(settings)}
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
         if (self.work / RUN_NAME).exists():
             self.decided: dict[str, Any] = read_json(self.work / RUN_NAME, "tuning run")
@@ -141,11 +119,31 @@ class Tune:
             self._decide()
         torch.set_num_threads(self.decided["threads"])
 
-    def engine(self, assistant: Path, n: int | None = None) -> LLM:
-        """The target as it is served, with a drafter and a fixed draft length."""
+    def _find_stock(self) -> Path:
+        """The drafter to start from; a new one will be in the directory of work."""
+        if self.native:
+            return native_tune.find_own_head(self.target, self.settings.assistant)
+        if self.settings.new:
+            return self.work / FIRST_NAME
+        choice = find_assistant(self.target, self.settings.assistant)
+        if choice.path is None:
+            raise PairingError(
+                f"no drafter to start from: {choice.reason}",
+                "give --assistant, its directory or new",
+            )
+        return choice.path
+
+    def engine(self, assistant: Path | None, n: int | None = None) -> LLM:
+        """The target as it is served, with a drafter and a fixed draft length, or plainly."""
         config = EngineConfig(
-            assistant=str(assistant), quant=self.settings.quant, device="cpu", draft_n=n or 4
+            adapter=self.settings.adapter, quant=self.settings.quant, device="cpu"
         )
+        if assistant is None:
+            config = replace(config, spec_type="off", max_sequences=_CHUNK)
+        elif self.native:
+            return native_tune.head_engine(assistant, config, n or DRAFT_DEFAULT)
+        else:
+            config = replace(config, assistant=str(assistant), draft_n=n or DRAFT_DEFAULT)
         return LLM(str(self.target), config)
 
     def read(self, llm: LLM) -> Prompts:
@@ -171,6 +169,18 @@ class Tune:
         ).tolist()
         return Prompts([train[i] for i in order], heldout[0::2], heldout[1::2])
 
+    def passages(self, llm: LLM, prompts: Prompts) -> list[Prompt]:
+        """Text of the data for a new drafter to begin with."""
+        settings = self.settings
+        lengths = settings.prompt_tokens, settings.prompt_tokens + settings.new_tokens
+        heldout = {*prompts.select, *prompts.compare}
+        vocab = llm.target.config.vocab_size
+        found = read_passages(map(Path, settings.data), llm, vocab, lengths, heldout)
+        order = torch.randperm(
+            len(found), generator=torch.Generator().manual_seed(settings.seed)
+        ).tolist()
+        return [found[i] for i in order]
+
     def measure(self, llm: LLM, prompts: Sequence[Prompt]) -> list[DraftStats]:
         """Free greedy decoding of each prompt: what drafting came to."""
         params = SamplingParams(max_tokens=self.settings.new_tokens)
@@ -179,7 +189,8 @@ class Tune:
     def write(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
         """Let the served target continue prompts, in parts that are kept, until time is up."""
         began = time.monotonic()
-        budget = _WRITING_SHARE * (60 * self.settings.minutes - (began - self.start))
+        share = _NEW_WRITING_SHARE if self.settings.new else _WRITING_SHARE
+        budget = share * (60 * self.settings.minutes - (began - self.start))
         wanted = self.settings.samples
         parts: list[Any] = self.decided.setdefault("texts", [])
         total = wanted or max(len(prompts), _CHUNK)
@@ -211,25 +222,40 @@ class Tune:
         done = llm.generate_all(chosen, params)
         return [([*one.prompt_tokens, *one.tokens], len(one.prompt_tokens)) for one in done]
 
-    def train(self, n_draft: int) -> Phase:
-        """Fine-tune from the stock weights; checkpoints are the candidates."""
+    def train(self, n_draft: int, passages: Sequence[Prompt]) -> Phase:
+        """Fine-tune from the stock weights; checkpoints are the candidates.
+
+        A new drafter reads `passages` of the data first, then what the target wrote.
+        """
         texts = [(t, g) for part in self.decided["texts"] for t, g in part if len(t) - g > n_draft]
         if not texts:
             raise TrainingError(
                 "the target ends all its answers after a few tokens", "give other prompts"
             )
-        config, stock = assistant_leaves(self.stock)
-        engine = EngineConfig(quant=self.settings.quant, device="cpu")
+        engine = EngineConfig(
+            adapter=self.settings.adapter, quant=self.settings.quant, device="cpu"
+        )
+        dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
+        if self.native:
+            return self._run(
+                native_tune.head_objective(
+                    self.target, engine, texts, BATCH, n_draft, self.settings, dtype
+                )
+            )
         target = served_target(self.target, engine)
+        if self.settings.new and not self.stock.exists():
+            write_first(self.stock, target, self.target, passages, n_draft)
+        config, stock = assistant_leaves(self.stock)
+        lead = Texts.of([(p, 1) for p in passages if len(p) > n_draft + 1] or texts)
 
         def objective() -> Tuning:
+            n_lead = int(_LEAD_SHARE * self.decided.get("steps", 0)) if self.settings.new else 0
             weights = make_trainable(
                 {k: v for k, v in stock.items() if v.is_floating_point()}, torch.device("cpu")
             )
             for name, weight in weights.items():
                 weight.requires_grad_(not name.endswith(_FROZEN))
             weights |= {k: v for k, v in stock.items() if not v.is_floating_point()}
-            dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
             return Tuning(
                 target,
                 config,
@@ -240,8 +266,13 @@ class Tune:
                 loss=self.settings.loss,
                 seed=self.settings.seed,
                 dtype=dtype,
+                lead=(lead, n_lead),
             )
 
+        return self._run(objective)
+
+    def _run(self, objective: Callable[[], Objective]) -> Phase:
+        """Train what `objective` makes for as many steps as were asked for, or as fit."""
         if "steps" not in self.decided:
             steps = self.settings.steps
             if steps is None:
@@ -259,7 +290,7 @@ class Tune:
         every = max(1, n_steps // CANDIDATES)
         known = {"settings": self.decided["settings"], "n_steps": n_steps}
         store = CheckpointStore(self.work / "phase", fingerprint(known), every)
-        optimiser = OptimiserConfig(muon_lr=0.005, adam_lr=5e-4)
+        optimiser = _NEW_OPTIMISER if self.settings.new else _OPTIMISER
         save_every = max(1, every // 5)
         store = replace(store, keep_every=save_every * max(1, every // save_every))
         dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
@@ -268,7 +299,9 @@ class Tune:
     def export(self, phase: Phase, step: int) -> Path:
         """A candidate as a directory that the engine loads."""
         path = self.work / f"step-{step:08d}"
-        if not path.exists():
+        if not path.exists() and self.native:
+            native_tune.export_head(path, self.target, phase.store.load(step))
+        elif not path.exists():
             _, stock = assistant_leaves(self.stock)
             stored = phase.store.load(step)
             export_like(path, self.stock, {k: stored.get(k, v) for k, v in stock.items()})
@@ -305,20 +338,24 @@ def tune(
 
 def _stages(run: Tune) -> dict[str, Any]:
     settings = run.settings
-    llm = run.engine(run.stock, settings.draft_n)
-    n_draft = llm.pairing.n_draft_max
+    llm = run.engine(None if settings.new else run.stock, settings.draft_n)
+    n_draft = settings.draft_n or llm.pairing.n_draft_max or DRAFT_DEFAULT
     prompts = run.read(llm)
     run.report(Progress("measuring", 0, 1))
-    before = run.measure(llm, prompts.compare)
+    if settings.new:  # without a drafter a pass gives one token
+        before = [DraftStats(n_passes=1, n_emitted=1) for _ in prompts.compare]
+    else:
+        before = run.measure(llm, prompts.compare)
     stock = tokens_per_pass(before)
     run.report(Progress("measuring", 1, 1))
     if stock.tokens_per_pass - 1 >= ENOUGH * n_draft and not settings.force:
         raise NothingGained(
-            f"nothing to gain: {_text(stock)} tokens per pass of at most {n_draft + 1}"
+            f"nothing to gain: {in_words(stock)} tokens per pass of at most {n_draft + 1}"
         )
+    passages = run.passages(llm, prompts) if settings.new else []
     run.write(llm, prompts.train)
     del llm
-    phase = run.train(n_draft)
+    phase = run.train(n_draft, passages)
     scores = {}
     steps = phase.store.kept_steps()
     for index, step in enumerate(steps):
@@ -334,8 +371,8 @@ def _stages(run: Tune) -> dict[str, Any]:
     tuned, change = tokens_per_pass(after), difference(after, before)
     if not is_better(change):
         raise NothingGained(
-            f"the new drafter is not better outside the noise: {_text(tuned)} tokens per pass, "
-            f"{_text(stock)} before, a difference of {_text(change)}"
+            f"the new drafter is not better outside the noise: {in_words(tuned)} tokens per pass, "
+            f"{in_words(stock)} before, a difference of {in_words(change)}"
         )
     report = {
         "settings": run.decided["settings"],
@@ -345,11 +382,12 @@ def _stages(run: Tune) -> dict[str, Any]:
         "steps": run.decided["steps"],
         "candidates": {str(step): score for step, score in scores.items()},
         "draft_length": n_draft,
-        "before": asdict(stock) | {"by_position": _sum(before).acceptance_by_position},
-        "after": asdict(tuned) | {"by_position": _sum(after).acceptance_by_position},
+        "before": asdict(stock) | {"by_position": summed(before).acceptance_by_position},
+        "after": asdict(tuned) | {"by_position": summed(after).acceptance_by_position},
         "change": asdict(change),
         "seconds": time.monotonic() - run.start,
     }
+    make_whole(best)
     plot_tuning(
         best / PLOT_NAME,
         report["before"]["by_position"],  # type: ignore[index]
@@ -358,25 +396,3 @@ def _stages(run: Tune) -> dict[str, Any]:
     replace_json(best / REPORT_NAME, report)
     best.rename(run.out)
     return report
-
-
-def _text(measured: Measured) -> str:
-    return f"{measured.tokens_per_pass:.2f} ± {measured.standard_error:.2f}"
-
-
-def _sum(parts: Sequence[DraftStats]) -> DraftStats:
-    total = DraftStats()
-    for part in parts:
-        total.merge(part)
-    return total
-
-
-def _digest(settings: TuneSettings) -> str:
-    """Of the contents of all data files."""
-    digest = hashlib.sha256()
-    for name in (*settings.data, *settings.heldout):
-        try:
-            digest.update(Path(name).read_bytes())
-        except OSError as error:
-            raise TrainingError(f"{name} cannot be read: {error}", "check --data") from error
-    return digest.hexdigest()[:16]

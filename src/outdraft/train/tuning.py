@@ -82,16 +82,20 @@ class Tuning:
         loss: str,
         seed: int,
         dtype: torch.dtype,
+        lead: tuple[Texts, int] | None = None,
     ) -> None:
-        """`weights`: the assistant's leaves; `n_steps`: draft steps of a round."""
+        """`weights`: the assistant's leaves; `n_steps`: draft steps of a round.
+
+        `lead`: other texts, for so many steps before those of `texts`.
+        """
         self.target = target
         self.config = config
         self.all_weights = weights
         self.weights = trainable(weights)
         self.texts = texts
-        self.batch = max(
-            1, min(batch, MAX_PROBS // (texts.ids_RS.shape[1] * config.text.vocab_size))
-        )
+        self.lead, self.n_lead = lead or (texts, 0)
+        width = max(texts.ids_RS.shape[1], self.lead.ids_RS.shape[1])
+        self.batch = max(1, min(batch, MAX_PROBS // (width * config.text.vocab_size)))
         self.n_steps = n_steps
         self.kind = loss
         self.seed = seed
@@ -102,7 +106,9 @@ class Tuning:
     def loss(self, step: int) -> Tensor:
         """See `Objective.loss`; nats per draft."""
         with compute_in(self.dtype, torch.device("cpu")):
-            texts = self.texts.batch(step, self.batch, self.seed)
+            leading = step < self.n_lead
+            source, at = (self.lead, step) if leading else (self.texts, step - self.n_lead)
+            texts = source.batch(at, self.batch, self.seed)
             assistant = Gemma4Assistant(self.config, self.all_weights, BatchedOps())
             return self._unrolled(assistant, texts)
 

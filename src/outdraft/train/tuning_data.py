@@ -12,7 +12,7 @@ A conversation is a prompt up to its last answer; a text gives a prompt from a p
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,6 +81,36 @@ def read_prompts(
             "rows are text, messages, conversations or tokens; see docs/tuning.md",
         )
     return list(prompts), bad
+
+
+def read_passages(
+    paths: Iterable[Path],
+    model: Encoder,
+    vocab_size: int,
+    n_tokens: tuple[int, int],
+    heldout: Collection[Prompt],
+) -> list[Prompt]:
+    """Prompts with the text that follows them in the data, of rows that are not held out.
+
+    Conversations are left out: their answers are somebody else's.
+
+    Args:
+        n_tokens: of a prompt, and of a passage at most.
+    """
+    short, long = n_tokens
+    passages: dict[Prompt, None] = {}
+    for path in paths:
+        for _, row in _rows(path):
+            if not isinstance(row, dict) or "messages" in row or "conversations" in row:
+                continue
+            try:
+                prompt = _prompt(row, model, vocab_size, short)
+                passage = _prompt(row, model, vocab_size, long)
+            except (BadRow, OutdraftError):  # told when prompts were read
+                continue
+            if prompt not in heldout:
+                passages[passage] = None
+    return list(passages)
 
 
 def split_by_hash(prompts: Sequence[Prompt], n_heldout: int) -> tuple[list[Prompt], list[Prompt]]:
