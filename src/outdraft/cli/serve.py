@@ -1,13 +1,16 @@
 """`outdraft serve`: answer clients of OpenAI's and Anthropic's APIs over HTTP."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import remark
 from outdraft.errors import OutdraftError
+
+if TYPE_CHECKING:
+    from outdraft.server.limits import Limits
 
 app = typer.Typer(add_completion=False)
 
@@ -95,17 +98,10 @@ def serve(
     verbose: Verbose = True,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own."""
-    from outdraft.server.limits import Limits
     from outdraft.server.run import ServerConfig
     from outdraft.server.run import serve as run
 
     engine = options.engine_config(ctx.params, max_queue=max_in_flight)
-    limits = Limits(
-        body_bytes=max_body_mib << 20,
-        in_flight=max_in_flight,
-        client_share=client_share,
-        send_s=send_seconds,
-    )
     config = ServerConfig(
         host=host,
         port=port,
@@ -116,9 +112,21 @@ def serve(
         allowed_origins=tuple(allowed_origin or ()),
         drain_s=drain_seconds,
         verbose=verbose,
-        limits=limits,
+        limits=limits(ctx.params),
     )
     run(model, engine, config, remark)
+
+
+def limits(given: dict[str, Any]) -> "Limits":
+    """What clients may use, from the verb's options."""
+    from outdraft.server.limits import Limits
+
+    return Limits(
+        body_bytes=given["max_body_mib"] << 20,
+        in_flight=given["max_in_flight"],
+        client_share=given["client_share"],
+        send_s=given["send_seconds"],
+    )
 
 
 def read_keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
