@@ -25,6 +25,7 @@ from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.load import IgnoreRule
 
+HEADS = ("lm_head.weight", "embed_tokens.weight", "embeddings.weight")  # tied where not of its own
 MULTIPLE = 64  # rows that a packed weight is made of
 
 
@@ -81,7 +82,7 @@ def load_draft_vocab(target: Target, config: EngineConfig) -> DraftVocab | None:
     chosen = choose_ids(config.draft_vocab, shape.vocab_size, tokenizer.eos_ids, text_ids)
     ids_N = torch.tensor(chosen)
     expected = target.family.expected_tensors(shape)
-    name = "lm_head.weight" if "lm_head.weight" in expected else "embed_tokens.weight"
+    name = next(name for name in HEADS if name in expected)
     raw = read_config(target.path)
     weights, _, _ = open_weights(
         Checkpoint.open(target.path),
