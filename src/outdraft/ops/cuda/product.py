@@ -73,7 +73,7 @@ def launch(
               "SILU": gate is not None and gate.silu,
               "TILES": 0 if on_card else n_tiles, **options}  # fmt: skip
     if weight.bits == 16:
-        even = n_out % tile_n == 0 and n_tiles * cut.split * tile_k == k
+        even = not n_out % tile_n and n_tiles * cut.split * tile_k == k
         linears.linear_kernel[grid](
             x_TK, weight.data, other, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
             other.stride(0), BK=tile_k, EVEN=even, num_stages=cut.stages, **shared,
