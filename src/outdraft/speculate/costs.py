@@ -219,12 +219,23 @@ class StepModel:
         self._pass_s.clear()
 
     def measured(self, passes: Mapping[int, float]) -> None:
-        """Seconds of passes by rows, all measured at one time; what others cost is between them."""
+        """Seconds of passes by rows, all measured at one time; what others cost is between them.
+
+        What was learned beside earlier measurements is forgotten.
+        """
+        if len(passes) > 1:
+            self._forget()
         for n_rows, seconds in passes.items():
             self.passes.set(n_rows, seconds)
         self.passes.straighten()
         self._measured = len(passes) > 1
         self._pass_s.clear()
+
+    def _forget(self) -> None:
+        self._speed, self._factors, self._n_seen = 1.0, [], []
+        self._steps.clear()
+        self._draft_s.clear()
+        self._round_extra_s, self._rests = ByBatch(0.0), ByBatch(0.0)
 
     def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
         """A draft round took so long.
