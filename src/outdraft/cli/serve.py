@@ -121,7 +121,7 @@ def server_config(given: Mapping[str, Any]) -> "ServerConfig":
         port=given["port"],
         alias=given["alias"],
         tool_format=given["tool_format"],
-        keys=read_keys(given["api_key"], given["api_key_file"]),
+        keys=read_keys(given["api_key"] or None, given["api_key_file"]),  # none given: ()
         allowed_hosts=tuple(given["allowed_host"] or ()),
         allowed_origins=tuple(given["allowed_origin"] or ()),
         drain_s=given["drain_seconds"],
