@@ -212,7 +212,7 @@ class Rig:
         if self.memory.device.type != "cpu":  # one pass was done before, and one more is done now
             seconds = (time.perf_counter() - start) / n_tokens
         self.runner.target_pass.ahead.drop()
-        in_kernels = (after_s - before_s) / (n_after - n_before)
+        in_kernels = (after_s - before_s) / max(1, n_after - n_before)
         return Decoding(seconds, max(0.0, 1 - in_kernels / seconds))
 
     def _replayed(self) -> tuple[float, int]:
