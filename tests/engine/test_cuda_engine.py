@@ -99,3 +99,10 @@ def test_another_family_with_drafts_from_the_text(tmp_path: Path) -> None:
     plain = run(llm, prompts[:1], 0)[0]
     got = run(llm, prompts, 2)[0]
     assert got[0] == plain[0] and torch.equal(got[1], plain[1])
+
+
+def test_drafts_are_drawn(tmp_path: Path) -> None:
+    llm = load(tmp_path, "dense", "bf16", ordered=True)
+    done = llm.generate([5, 6, 7], SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0))
+    assert llm.runner.faults.n_drafter == 0, llm.runner.faults.last_drafter_error
+    assert done.stats.n_drafted > 0

@@ -43,6 +43,7 @@ SPEED_UP_DECAY = 0.995
 SETTLED = 256  # steps after which
 EVERY = 4  # only each fourth is learned from
 UNLOOKED = 7  # plain steps behind one that was looked at,
+HELD = 3  # and steps with the same number of drafts behind one, of which blocks alone are learned,
 SHORT_S = 0.002  # if they are so short that choosing is a good part of them
 PAUSED = 2.0  # whoever steps the engine did something else if a step took so many times its parts
 
@@ -69,6 +70,8 @@ class AutoLengths:
         self._ended: tuple[str, float] = ("", 0.0)
         self._unlooked = 0
         self._skipping = False
+        self._held = self._n_run = 0
+        self._began = 0.0
 
     @property
     def speed_up(self) -> float | None:
@@ -102,7 +105,7 @@ class AutoLengths:
         self._skipping = self._unlooked > 0 and [s.id for s in decoding] == [self._ended[0]]
         if self._skipping:
             self._unlooked -= 1
-            return [0]
+            return [self._held]
         drafter = self.drafter
         if drafter is None:
             asked = [(s.id, MODEL) for s in decoding]
@@ -114,8 +117,11 @@ class AutoLengths:
         trial = self._trial(controller, max(1, len(decoding)))
         if decoding and trial.decodes_plainly:
             choices = [Choice(0, choice.source) for choice in choices]
-        goes_on = self._is_whole(decoding) and not (drafter or choices[0].n_drafts or trial.trying)
-        self._unlooked = UNLOOKED if goes_on and controller.costs.at(1, 1) < SHORT_S else 0
+        self._unlooked = 0
+        if self._is_whole(decoding) and controller.costs.at(1, 1) < SHORT_S:
+            self._held = choices[0].n_drafts
+            if drafter is None and not trial.trying and self._held != 1:  # 1 may be a trial, too
+                self._unlooked = HELD if self._held else UNLOOKED
         self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
         if drafter is not None:
             drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
@@ -128,9 +134,10 @@ class AutoLengths:
 
     def looks(self, n_sequences: int) -> bool:
         """Whether `observe` wants the step that ends now; if not, its end is noted."""
-        if not self._skipping or n_sequences > 1:
+        if not self._skipping or n_sequences > 1 or self._held:
             return True
         self._ended = self._ended[0], time.perf_counter()
+        self._n_run += 1
         return False
 
     def _is_whole(self, sequences: Seq[Sequence]) -> bool:
@@ -149,11 +156,13 @@ class AutoLengths:
         if whole:
             step = self._whole(sequences[0].id, step)
         else:
-            self._ended = "", 0.0
+            self._ended, self._n_run = ("", 0.0), 0
         for sequence_id, (n_drafted, n_accepted) in step.blocks.items():
             choice = self._chosen.get(sequence_id)
             if choice is not None and choice.source:
                 controller.observe_block(sequence_id, choice.source, n_drafted, n_accepted)
+        if whole and self._skipping:
+            return
         drawn = controller is self.drawn
         in_round = [
             c.n_drafts
@@ -192,8 +201,11 @@ class AutoLengths:
         """The step from the end of the one before to now; all but its round is its pass."""
         last_id, last = self._ended
         now = time.perf_counter()
-        self._ended = sequence_id, now
+        n_run, began = self._n_run, self._began
+        self._ended, self._n_run, self._began = (sequence_id, now), 0, now
         own_s, whole_s = step.draft_s + step.pass_s + step.rest_s, now - last
+        if n_run and step.n_rows == 1:  # the mean of a row of plain steps, with what choosing took
+            whole_s = (now - began) / (n_run + 1)
         if last_id != sequence_id or whole_s > PAUSED * own_s:
             return replace(step, clean=False)
         return replace(step, pass_s=whole_s - step.draft_s, rest_s=0.0)

@@ -43,11 +43,12 @@ def draft_chain(
             for b, sequence in enumerate(sequences):
                 if not draws(sequence.params):
                     continue
-                q_V = distribution(logits_BV[b : b + 1].cpu(), sequence.params)[0]
+                scores_V, best = logits_BV[b].cpu(), newest_B[b].clone()
+                q_V = distribution(scores_V[None], sequence.params)[0]
                 u = uniform(sequence.seed, sequence.n + i, Purpose.DRAFT, sequence.n)
                 newest_B[b] = sample(q_V, u)
                 probs[b].append(q_V)
-                sure_B[b] *= (logits_BV[b, newest_B[b]] - logits_BV[b, best_B[b]]).exp()
+                sure_B[b] *= (scores_V[newest_B[b]] - scores_V[best]).exp()
         sure.append(sure_B)
         tokens.append(newest_B)
     return Draft(
