@@ -13,6 +13,7 @@ from outdraft.engine.whole import measure_steps, works_beside
 from outdraft.request import SamplingParams
 from outdraft.speculate.costs import StepModel
 from outdraft.speculate.length import Choice
+from outdraft.speculate.trial import Trials
 
 PROMPT = "def mean(values):\n"
 
@@ -101,6 +102,11 @@ def test_of_plain_steps_in_a_row_one_in_eight_is_looked_at() -> None:
     lengths.likeliest.costs.measured({1: 1e-3, 2: 1e-2, 4: 2e-2})
     lengths.whole_steps = True
     llm = LLM("demo", EngineConfig(draft_n=0, ctx_size=512, max_sequences=2))
+    start = llm.prepare(PROMPT)
+    for _ in range(lengths_module.FIRST):  # so much is drafted first, and looked at
+        assert lengths.choose([start]) == [3] and lengths.looks(1)
+        lengths.observe([start], StepCosts(1, 4, 1e-4, 1e-4, 1e-4, {start.id: (3, 0)}))
+    lengths.trials[False] = Trials()  # trials look at each step
     one, other = llm.prepare(PROMPT), llm.prepare(PROMPT)
 
     def step(*sequences: Sequence) -> bool:
@@ -116,9 +122,18 @@ def test_of_plain_steps_in_a_row_one_in_eight_is_looked_at() -> None:
     assert step(one, other) and step(one)  # a batch ends the row
     assert not step(one)
     lengths.likeliest.costs.measured({1: 1e-3, 2: 1e-3, 4: 1e-3})
-    assert [1] in [lengths.choose([one]) for _ in range(16)]  # drafts are tried
-    assert lengths.looks(1)
+    for _ in range(99):
+        lengths.likeliest.observe_block(one.id, "model", 3, 3)
+    while lengths.choose([one]) == [0]:
+        pass
+    blocks = {one.id: (3, 3)}
+    for _ in range(lengths_module.HELD):  # drafting: kept for some steps, of which blocks count
+        lengths.observe([one], StepCosts(1, 4, 0.0, 1e-4, 0.0, blocks))
+        assert lengths.choose([one]) == [3] and lengths._skipping and lengths.looks(1)
+    assert not lengths._unlooked
+    lengths.likeliest.close(one.id)
     lengths.likeliest.costs.measured({1: 0.1, 2: 1.0, 4: 2.0})  # long steps: each is looked at
+    lengths.choose([one])  # the choice of before is used twice
     assert all(step(one) for _ in range(8))
 
 
@@ -139,3 +154,13 @@ def test_with_drawn_drafts_the_rest_is_that_of_the_start(
         lengths._chosen = {sequence.id: Choice(k, "model")}
         lengths.observe([sequence], StepCosts(1, 1 + k, 0.1 * k, 0.5, rest_s, {}))
     assert seen == [0.75, 1.5]
+
+
+def test_a_drafter_that_fails_is_not_waited_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no drafts")
+
+    monkeypatch.setattr(llm.pairing.drafter, "propose", fail)
+    monkeypatch.setattr("outdraft.engine.whole.BUDGET_S", 1e6)
+    assert measure_steps(llm, AutoLengths(3, sample_drafts=True)) == 1  # plain decoding
+    assert not llm.scheduler.busy

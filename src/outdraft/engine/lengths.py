@@ -42,6 +42,7 @@ class StepCosts:
 SPEED_UP_DECAY = 0.995
 SETTLED = 256  # steps after which
 EVERY = 4  # only each fourth is learned from
+FIRST = 8  # whole steps draft as much as can be, so that acceptance is known at all positions
 UNLOOKED = 7  # plain steps behind one that was looked at,
 HELD = 3  # and steps with the same number of drafts behind one, of which blocks alone are learned,
 SHORT_S = 0.002  # if they are so short that choosing is a good part of them
@@ -70,8 +71,9 @@ class AutoLengths:
         self._ended: tuple[str, float] = ("", 0.0)
         self._unlooked = 0
         self._skipping = False
-        self._held = self._n_run = 0
+        self._held = self._n_run = self._n_first = 0
         self._began = 0.0
+        self._was_plain = False
 
     @property
     def speed_up(self) -> float | None:
@@ -113,14 +115,19 @@ class AutoLengths:
             asked = [(s.id, drafter.sources(s.id, s.tokens)) for s in decoding]
         controller = self._of(decoding)
         choices = controller.choose(asked)
+        whole = self._is_whole(decoding)
+        first = whole and drafter is None and self._n_first < FIRST
+        if first:
+            choices, self._n_first = [Choice(controller.n_draft_max, MODEL[0])], self._n_first + 1
         self._alike = not any(choice.n_drafts for choice in choices)
         trial = self._trial(controller, max(1, len(decoding)))
         if decoding and trial.decodes_plainly:
             choices = [Choice(0, choice.source) for choice in choices]
         self._unlooked = 0
-        if self._is_whole(decoding) and controller.costs.at(1, 1) < SHORT_S:
+        if whole and controller.costs.at(1, 1) < SHORT_S:
             self._held = choices[0].n_drafts
-            if drafter is None and not trial.trying and self._held != 1:  # 1 may be a trial, too
+            settled = drafter is None and not first and not trial.trying
+            if settled and self._held != 1:  # 1 may be a trial, too
                 self._unlooked = HELD if self._held else UNLOOKED
         self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
         if drafter is not None:
@@ -206,7 +213,10 @@ class AutoLengths:
         own_s, whole_s = step.draft_s + step.pass_s + step.rest_s, now - last
         if n_run and step.n_rows == 1:  # the mean of a row of plain steps, with what choosing took
             whole_s = (now - began) / (n_run + 1)
-        if last_id != sequence_id or whole_s > PAUSED * own_s:
+            self.likeliest.passed(n_run * whole_s)
+        plain, self._was_plain = self._was_plain, step.n_rows == 1
+        anew = self._was_plain and not plain  # a row of plain steps begins: nothing was launched
+        if last_id != sequence_id or anew or whole_s > PAUSED * own_s:
             return replace(step, clean=False)
         return replace(step, pass_s=whole_s - step.draft_s, rest_s=0.0)
 

@@ -94,7 +94,8 @@ def _timed(llm: "LLM", sequence: Sequence, k: int, deadline: float) -> _Whole | 
         n_drafted = sequence.stats.n_drafted
         llm.step()
         now = time.perf_counter()
-        if sequence.finish_reason is not None or now > deadline:
+        over = sequence.finish_reason is not None or now > deadline
+        if over or sequence.n_failed_drafts:
             return None
         if sequence.stats.n_passes > 1 and sequence.stats.n_drafted - n_drafted == k:
             n_untimed += 1

@@ -121,6 +121,10 @@ class LengthController:
             self.costs.observe_rest(n_sequences, rest_s)
         self._total_s += pass_s + draft_s
 
+    def passed(self, seconds: float) -> None:
+        """So long was decoded unobserved: a share of it may be spent on learning."""
+        self._total_s += seconds
+
     def choose(self, sequences: Sequence[tuple[str, Sequence[str]]]) -> list[Choice]:
         """For the sequences that decode in the next step.
 
