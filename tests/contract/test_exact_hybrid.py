@@ -209,3 +209,21 @@ def test_a_wrong_state_in_the_cache_is_seen(
         monkeypatch.setattr(StateBooks, "keep", late)
     with pytest.raises(AssertionError):
         test_a_prefix_hit_has_the_bits_of_none(target, "w8", "itself")
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_shared_beginning_is_computed_once(target: Path, k: int) -> None:
+    """A second prompt of 900 tokens with 810 of the first: the rest is computed, and no more than
+    the distance of two kept states beside it; a third of the same kind hits the page where they
+    part. Hits do not depend on drafting.
+    """
+    llm = load(target, "w8", ctx_size=1000, max_sequences=1)
+    cold = load(target, "w8", spec_type="off", ctx_size=1000, prefix_cache=False)
+    shared = text(810, 1)
+    for seed, hit in ((2, 0), (3, 704), (4, 768)):
+        prompt = [*shared, *text(90, seed)]
+        got, want = logged(llm, prompt, k), logged(cold, prompt, 0)
+        assert hit <= got[2] <= 768
+        assert_same(got[:2], want[:2])
+    states = llm.stats().states
+    assert states is not None and 0 < states.kept <= states.kept_max

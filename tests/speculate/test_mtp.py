@@ -326,11 +326,12 @@ def test_rounds_of_a_head_are_measured_at_the_start(tmp_path: Path) -> None:
     drafter.memory.books.check()
 
 
+@pytest.mark.parametrize("shape", RESTATED)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_part_of_the_vocabulary_is_drafted_and_nothing_else_changes(
-    tmp_path: Path, backend: str
+    tmp_path: Path, backend: str, shape: str
 ) -> None:
-    path = tiny.tiny_hybrid(tmp_path / "m", seed=8, dtype="bfloat16")
+    path = tiny.tiny_hybrid(tmp_path / "m", shape, seed=8, dtype="bfloat16")
     options: dict[str, Any] = {"backend": backend, "draft_n": 3, "ctx_size": 256}
     whole = LLM(str(path), EngineConfig(**options))
     part = LLM(str(path), EngineConfig(**options, draft_vocab=100))

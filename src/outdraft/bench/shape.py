@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from statistics import median
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter, synthetic_vocab
+from outdraft.bench.forecast import forecast
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
 from outdraft.bench.made_up import (
     FILL_ROWS,
@@ -99,11 +98,11 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     rows, read_gb_s = rig.time_rows(settings.rounds)
     draft_s = rig.time_draft_step(settings.draft_steps, settings.rounds)
     pass_s = {int(row["rows"]): row["us"] / 1e6 for row in rows}
-    part_s = rig.time_part(shape, settings)
     steps = {}
     if settings.device.type != "cpu":
         steps = {k: rig.time_drafting(k, settings.rounds) for k in range(1, len(acceptance) + 1)}
     drafting = forecast(acceptance, plain.seconds, pass_s, draft_s, steps)
+    part_s = rig.time_part(shape, settings)
     best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
     bytes_per_token = rows[0]["bytes"]
     return {
@@ -133,38 +132,6 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
         "drafting": drafting,
         "time_by_part_us": rig.time_parts(settings.rounds),
     }
-
-
-def forecast(
-    acceptance: Seq[float], plain_s: float, pass_s: dict[int, float], draft_s: float,
-    steps: dict[int, float] | None = None,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Speed at every draft length, from measured costs and a given conditional acceptance.
-
-    A step of k drafts takes k draft steps, a pass of k + 1 rows and what the engine does beside
-    it, and gives one token and the drafts accepted with all before them: 1 + a1 + a1 a2 + ...
-
-    Args:
-        plain_s: a step of plain decoding; pass_s: number of rows -> a pass.
-        draft_s: a draft step.
-        steps: number of drafts -> a whole step of the engine, where it was measured as one.
-    """
-    found = []
-    rest_s = max(0.0, plain_s - pass_s[1])
-    for k, standing in enumerate(accumulate(accumulate(acceptance, mul)), start=1):
-        if k + 1 not in pass_s:
-            break
-        tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s + rest_s
-        seconds = (steps or {}).get(k, seconds)
-        found.append(
-            {
-                "k": k,
-                "tokens_per_pass": tokens,
-                "tok_s": tokens / seconds,
-                "speedup": tokens / seconds * plain_s,
-            }
-        )
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +212,7 @@ class Rig:
         if self.memory.device.type != "cpu":  # one pass was done before, and one more is done now
             seconds = (time.perf_counter() - start) / n_tokens
         self.runner.target_pass.ahead.drop()
-        in_kernels = (after_s - before_s) / (n_after - n_before)
+        in_kernels = (after_s - before_s) / max(1, n_after - n_before)
         return Decoding(seconds, max(0.0, 1 - in_kernels / seconds))
 
     def _replayed(self) -> tuple[float, int]:

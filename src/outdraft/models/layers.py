@@ -34,6 +34,11 @@ class Recurs(Protocol):
         """Convolution and gated delta rule from the layer's states on, fp32 [T, H, V]."""
         ...
 
+
+@runtime_checkable
+class Scans(Protocol):
+    """As `Recurs`, for layers of Mamba 2."""
+
     def scan(self, layer: int, x_TC: Tensor, dt_TH: Tensor, space: StateSpace) -> Tensor:
         """Convolution and Mamba 2 recurrence from the layer's states on, fp32 [T, H, P]."""
         ...

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from outdraft.cache.memory import KVLayer, LayerMemory
 from outdraft.cache.recurrent import RecurrentLayer
-from outdraft.models.layers import Attend, Recurs, at_least_fp32
+from outdraft.models.layers import Attend, Scans, at_least_fp32
 from outdraft.models.nemotron_h_config import LayerKind, NemotronHConfig
 from outdraft.ops.base import Heads, Ops, Rotary, SigmoidRouter, Weight
 from outdraft.ops.recurrent_base import StateSpace
@@ -202,7 +202,7 @@ class Mamba:
 
     def __call__(self, normed: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
         """See `Mixer`."""
-        assert isinstance(attend, Recurs), "recurrent layers need a memory for their states"
+        assert isinstance(attend, Scans), "recurrent layers need a memory for their states"
         mamba, n_rows = self.config.mamba, normed.shape[0]
         zx = self.ops.linear(normed, self.zx)
         dt_TH = self.ops.linear(normed, self.dt, torch.float32)

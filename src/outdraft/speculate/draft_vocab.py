@@ -17,7 +17,6 @@ from torch import Tensor
 
 from outdraft.config import EngineConfig
 from outdraft.errors import OutdraftError
-from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.models.registry import Target, open_weights, packing
 from outdraft.ops.base import Ops, Weight
 from outdraft.ops.stored import reorder
@@ -26,6 +25,7 @@ from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.load import IgnoreRule
 
+HEADS = ("lm_head.weight", "embed_tokens.weight", "embeddings.weight")  # tied where not of its own
 MULTIPLE = 64  # rows that a packed weight is made of
 
 
@@ -73,7 +73,6 @@ def load_draft_vocab(target: Target, config: EngineConfig) -> DraftVocab | None:
         OutdraftError: the text cannot be read.
     """
     shape = target.config
-    assert isinstance(shape, Qwen35Config)
     if config.draft_vocab is None or config.draft_vocab >= shape.vocab_size:
         return None
     tokenizer = Tokenizer.load(target.path)
@@ -82,12 +81,13 @@ def load_draft_vocab(target: Target, config: EngineConfig) -> DraftVocab | None:
         text_ids = tokenizer.encode(_read(config.draft_vocab_text), add_special_tokens=False)
     chosen = choose_ids(config.draft_vocab, shape.vocab_size, tokenizer.eos_ids, text_ids)
     ids_N = torch.tensor(chosen)
-    name = "embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    expected = target.family.expected_tensors(shape)
+    name = next(name for name in HEADS if name in expected)
     raw = read_config(target.path)
     weights, _, _ = open_weights(
         Checkpoint.open(target.path),
         raw,
-        {name: target.family.expected_tensors(shape)[name]},
+        {name: expected[name]},
         [IgnoreRule(rf"(?!.*{name}).*", "not the output head")],
         prefixes=target.family.prefixes,
         dtype=target.dtype,

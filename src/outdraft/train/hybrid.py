@@ -50,7 +50,7 @@ class SequenceLayers:
             is_causal=True,
             scale=1.0,
         )
-        return out_BHSD.transpose(1, 2).reshape(q_THD.shape)
+        return out_BHSD.transpose(1, 2).flatten(0, 1)
 
     def recur(self, layer: int, x_TC: Tensor, a_TH: Tensor, b_TH: Tensor, net: DeltaNet) -> Tensor:
         """See `Recurs`; in fp32 or wider whatever products are computed in."""

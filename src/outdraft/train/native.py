@@ -39,25 +39,21 @@ class Rounds:
     def __call__(self, layer: int, q: Heads, k: Heads | None, v: Heads | None, /) -> Tensor:
         """See `Attend`. Queries are scaled already."""
         assert k is not None and v is not None
-        q_THD = q.value(_OPS)
-        q_BHAD, keys, values = (
-            split_sequences(x, self.n_texts) for x in (q_THD, k.value(_OPS), v.value(_OPS))
-        )
-        group = q_BHAD.shape[1] // keys.shape[1]
+        queries, keys, values = (split_sequences(x.value(_OPS), self.n_texts) for x in (q, k, v))
+        group = queries.shape[1] // keys.shape[1]
         rows = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
         self.own.append(rows)
         true_keys, true_values = self.own[0]
-        n = q_BHAD.shape[2]
-        scores = (q_BHAD @ true_keys.transpose(-1, -2)).float()
-        scores = scores.masked_fill(~visible_keys(n, n, None), -torch.inf)
-        beside = [
-            (q_BHAD * own_keys).sum(dim=-1, keepdim=True).float() for own_keys, _ in self.own[1:]
-        ]
-        shares = torch.cat((scores, *beside), dim=-1).softmax(dim=-1).to(q_BHAD.dtype)
+        n = queries.shape[2]
+        scores = queries @ true_keys.transpose(-1, -2)
+        beside = [(queries * own_keys).sum(dim=-1, keepdim=True) for own_keys, _ in self.own[1:]]
+        scores = torch.cat((scores.masked_fill(~visible_keys(n, n, None), -torch.inf), *beside), -1)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        shares = scores.to(wide).softmax(dim=-1).to(queries.dtype)
         out_BHAD = shares[..., :n] @ true_values
         for i, (_, own_values) in enumerate(self.own[1:]):
             out_BHAD = out_BHAD + shares[..., n + i, None] * own_values
-        return out_BHAD.transpose(1, 2).reshape(q_THD.shape)
+        return out_BHAD.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,7 @@ def launch(
 
     Args:
         tickets_of: int32 zeros by their number, which a split of K counts in and leaves zero.
-        dot: type of a product's inputs.
-        options: what every kernel is told.
+        dot: type of a product's inputs; options: what every kernel is told.
     """
     on_card = x_TK.device.type != "cpu"
     t, n, k = x_TK.shape[0], weight.n, weight.k
