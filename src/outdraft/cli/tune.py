@@ -65,7 +65,8 @@ def _run(out: Path, given: dict[str, Any], *, fresh: bool) -> None:
 
     from outdraft.cli.train import ProgressBars
     from outdraft.train.trainer import TrainingStopped
-    from outdraft.train.tune import NothingGained, TuneSettings, tune
+    from outdraft.train.tune import NothingGained, tune
+    from outdraft.train.tune_settings import TuneSettings
 
     values = {f.name: given[f.name] for f in fields(TuneSettings) if f.name in given}
     for name in ("data", "heldout"):
