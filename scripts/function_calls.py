@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class Slot:
 
 
 def _text(draw: Callable[[random.Random], str], *phrases: str) -> Slot:
-    return Slot({"type": "string"}, draw, phrases)
+    # A bound: a text that never ends is the one way in which a forced call can fail.
+    return Slot({"type": "string", "maxLength": 48}, draw, phrases)
 
 
 def _whole(low: int, high: int, *phrases: str) -> Slot:
@@ -214,6 +216,7 @@ class Kind:
             "name": self.name,
             "description": f"{words} {self.thing}",
             "parameters": parameters,
+            "strict": True,
         }
         return {"type": "function", "function": function}
 
@@ -326,7 +329,7 @@ def score(model: Path, paths: Sequence[Path]) -> dict[str, Any]:
     server = subprocess.Popen([*command, "--spec-type", "ngram"], stderr=subprocess.DEVNULL)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        _wait(client)
+        _wait(port)
         name = client.models.list().data[0].id
         result: dict[str, Any] = {}
         for path in paths:
@@ -342,12 +345,12 @@ def score(model: Path, paths: Sequence[Path]) -> dict[str, Any]:
         server.wait()
 
 
-def _wait(client: Any) -> None:
+def _wait(port: int) -> None:
     for _ in range(600):
         try:
-            client.models.list()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
             return
-        except Exception:  # the server is starting: any failure is one of being early
+        except OSError:  # not listening yet, or still loading
             time.sleep(0.1)
     raise SystemExit("the server did not start")
 

@@ -74,8 +74,9 @@ def sections(rig):
     target_pass = rig.runner.target_pass
     own = next(r for r in target_pass.recordings.values() if r.call.token_T.shape[0] == 1)
     program, prepare, run = own.program, graphs.causal_numbers, target_pass.run
-    replay = program.replay
-    graphs.causal_numbers = noting(prepare)
+    replay, further = program.replay, graphs.further_numbers
+    target_pass.ahead.drop()
+    graphs.causal_numbers, graphs.further_numbers = noting(prepare), lambda *arguments: None
     program.replay, target_pass.run = noting(replay), noting(run)
     sequence, plan = rig.new_sequence(), StepPlan([Work(SEQUENCE, 1, 0)])
     names = ("before", "-", "prepare", "copy", "launch", "wait", "after")
@@ -88,6 +89,7 @@ def sections(rig):
             spent[name].append((y - x) * 1e6)
         spent["graph"].append((program.seconds - before) * 1e6)
     graphs.causal_numbers, target_pass.run = prepare, run
+    graphs.further_numbers = further
     del program.replay
     print("  " + ", ".join(f"{name} {median(times):.0f} us" for name, times in spent.items()))
 

@@ -178,7 +178,7 @@ void combine(Program* program, const Matrix& x, Addr weights, const Matrix& out,
 }
 
 void read_all(Addr data, int64_t bytes) {
-  std::vector<int32_t> sums(pool().size());
+  std::vector<int32_t> sums(pool().pieces());
   submit(nullptr, kernels().read_all, ReadArgs{pointer<const uint8_t>(data), bytes, sums.data()},
          false);
 }

@@ -20,6 +20,10 @@ NB_MODULE(_core, m) {
   m.def("set_threads", &outdraft::set_threads, "n_threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("threads", [] { return outdraft::pool().size(); });
+  m.def(
+      "disturb_threads",
+      [](int kind) { outdraft::pool().disturb(static_cast<outdraft::Disturbance>(kind)); },
+      "kind"_a);
   nb::class_<outdraft::Program>(m, "Program")
       .def(nb::init<>())
       .def("__len__", &outdraft::Program::size)

@@ -171,7 +171,7 @@ struct CombineArgs {  // out[t] = sum over a, in order, of weights[t][a] * x[t *
 struct ReadArgs {  // nothing but loads: what a memory-bound kernel could reach at most
   const uint8_t* data;
   int64_t bytes;
-  int32_t* sums;  // [workers], so that the loads are not optimised away
+  int32_t* sums;  // [worker.count], so that the loads are not optimised away
 };
 
 }  // namespace outdraft

@@ -37,7 +37,8 @@ std::vector<Candidate> candidates() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #ifdef OUTDRAFT_AMX
   static const bool amx = avx512 && __builtin_cpu_supports("amx-tile") &&
-                          __builtin_cpu_supports("amx-int8") && may_use_tiles();
+                          __builtin_cpu_supports("amx-int8") &&
+                          __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   all.push_back({"avx512-amx", "AVX-512 with VNNI and AMX", amx, &avx512_amx::table()});
 #endif
   all.push_back({"avx512", "AVX-512 F, BW, DQ, VL and VNNI", avx512, &avx512::table()});

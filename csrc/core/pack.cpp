@@ -148,20 +148,23 @@ void quantise_w4(const Weight& w, int64_t row, const float* x, int candidates, u
   }
 }
 
-// Calls body(first, end) on every worker for its share of n rows.
+// Calls body(first, end) for shares of n rows, on all threads.
 template <class Body>
 void share_rows(int64_t n, const Body& body) {
   struct Context {
     int64_t n;
     const Body* body;
   } context{n, &body};
-  pool().run(
-      [](const void* c, const Worker& worker, Barrier&) {
-        const auto& shared = *static_cast<const Context*>(c);
-        const Range rows = share(shared.n, worker);
-        (*shared.body)(rows.begin, rows.end);
-      },
-      &context);
+  Region region;
+  region.context = &context;
+  region.n_stages = 1;
+  region.serial = [](const void*, int) { return false; };
+  region.piece = [](const void* c, int, const Worker& worker) {
+    const auto& shared = *static_cast<const Context*>(c);
+    const Range rows = share(shared.n, worker);
+    (*shared.body)(rows.begin, rows.end);
+  };
+  pool().run(region);
 }
 
 }  // namespace

@@ -10,8 +10,8 @@
 
 namespace outdraft {
 
-// A kernel with its arguments. A serial call has too little work to share: worker 0 does it alone,
-// and between two serial calls nobody waits.
+// A kernel with its arguments. A serial call has too little work to share: whoever finishes the call
+// before it does it alone.
 struct Call {
   static constexpr std::size_t kArgsBytes = 320;
 

@@ -77,12 +77,13 @@ static inline PreparedLayout prepared_layout(Format format, int32_t k, int32_t g
   return layout;
 }
 
-// One thread of the pool inside a parallel region.
+// One piece of a kernel call, and what the thread that computes it may use meanwhile. A kernel must
+// not wait for another piece of its call: that may not have begun.
 struct Worker {
   int index = 0;
-  int count = 1;
+  int count = 1;                 // pieces of the call
   std::byte* scratch = nullptr;  // kScratchBytes of its own, aligned to a cache line
-  std::byte* shared = nullptr;   // kSharedBytes of all workers; each kernel may overwrite it, but
+  std::byte* shared = nullptr;   // kSharedBytes of all pieces; each kernel may overwrite it, but
                                  // leaves zeros in the first kCounterBytes, as it finds them
 };
 
@@ -95,7 +96,7 @@ struct Range {
   int64_t end = 0;
 };
 
-// This worker's contiguous share of n items.
+// This piece's contiguous share of n items.
 static inline Range share(int64_t n, const Worker& worker) {
   return {n * worker.index / worker.count, n * (worker.index + 1) / worker.count};
 }

@@ -6,175 +6,15 @@
 // computes what. Heads that share keys are computed together, so that a page is read once.
 #pragma once
 
-#include "core/args.h"
-#include "kernels/rows.h"
+#include "kernels/attend_page.h"
+#ifdef OUTDRAFT_TILES
+#include "kernels/attend_tiles.h"
+#endif
 
 namespace outdraft::OUTDRAFT_ISA {
 
-constexpr int kHeadBlock = 4;       // query heads of one row whose scores are computed together
 constexpr int64_t kMaxBlocks = 16;  // blocks of heads that go through the pages together
-constexpr int64_t kPartPages = 4;
-constexpr int64_t kPartSlots = kPartPages * kPageSlots;
 constexpr int64_t kUnitsPerWorker = 4;  // enough for an even share
-constexpr float kHidden = -3.0e38f;
-
-// Query heads first..first + n - 1 of one row, all reading the same keys, with their state so far.
-struct HeadState {
-  int64_t row;
-  int64_t first;
-  int64_t n;
-  float highest[kHeadBlock];  // running maximum of the scores
-  float total[kHeadBlock];    // sum of exp(score - highest)
-  float* q;                   // [n, dim], scaled
-  float* mixed;               // [n, dim]: sum of exp(score - highest) * value
-};
-
-// One page of one key/value head.
-struct PageView {
-  const std::byte* k;
-  const std::byte* v;
-  const float* k_scales;
-  const float* v_scales;
-};
-
-static inline F load_key(const std::byte* p, DType dtype) {
-  switch (dtype) {
-    case DType::f32:
-      return load(reinterpret_cast<const float*>(p));
-    case DType::bf16:
-      return load_bf16(reinterpret_cast<const uint16_t*>(p));
-    case DType::i8:
-      return load_i8(reinterpret_cast<const int8_t*>(p));
-  }
-  return zero();
-}
-
-// scores[r][slot] = q_r . k_slot for slots first..last; the last four are computed with repeats.
-template <int R, DType kType>
-static inline void page_scores(const HeadState& s, const PageView& page, int64_t dim, int first,
-                               int last, float (&scores)[R][kPageSlots]) {
-  const int64_t size = element_bytes(kType);
-  for (int slot = first; slot <= last; slot += 4) {
-    const std::byte* keys[4];
-    for (int i = 0; i < 4; ++i) keys[i] = page.k + least(slot + i, last) * dim * size;
-    F acc[R][4];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 4; ++i) acc[r][i] = zero();
-    for (int64_t d = 0; d < dim; d += 16) {
-      F key[4];
-      for (int i = 0; i < 4; ++i) key[i] = load_key(keys[i] + d * size, kType);
-      for (int r = 0; r < R; ++r) {
-        const F q = load(s.q + r * dim + d);
-        for (int i = 0; i < 4; ++i) acc[r][i] = fma(q, key[i], acc[r][i]);
-      }
-    }
-    float four[4];
-    for (int r = 0; r < R; ++r) {
-      sum4(acc[r], four);
-      for (int i = 0; i < 4 && slot + i <= last; ++i) scores[r][slot + i] = four[i];
-    }
-  }
-}
-
-// Turns a head's scores into exp(score - highest) and brings its state up to date; returns the
-// factor that earlier sums are to be multiplied with.
-static inline float page_weights(HeadState& s, int r, const PageView& page, int first, int last,
-                                 float* scores) {
-  F lanes[kPageSlots / 16];
-  F widest = set1(s.highest[r]);
-  for (int v = 0; v < kPageSlots / 16; ++v) {
-    F x = load(scores + 16 * v);
-    if (page.k_scales) x = mul(x, load(page.k_scales + 16 * v));
-    const int low = first > 16 * v ? first - 16 * v : 0;
-    const int high = last < 16 * v + 15 ? last - 16 * v : 15;
-    lanes[v] = low <= high ? keep_lanes(x, low, high, set1(kHidden)) : set1(kHidden);
-    widest = maximum(widest, lanes[v]);
-  }
-  const float highest_now = highest(widest);
-  F total = zero();
-  for (int v = 0; v < kPageSlots / 16; ++v) {
-    const int low = first > 16 * v ? first - 16 * v : 0;
-    const int high = last < 16 * v + 15 ? last - 16 * v : 15;
-    F weight = exponential(sub(lanes[v], set1(highest_now)));
-    weight = low <= high ? keep_lanes(weight, low, high, zero()) : zero();
-    total = add(total, weight);
-    if (page.v_scales) weight = mul(weight, load(page.v_scales + 16 * v));
-    store(scores + 16 * v, weight);
-  }
-  float all[16];
-  store(all, exponential(set1(s.highest[r] - highest_now)));
-  s.highest[r] = highest_now;
-  s.total[r] = s.total[r] * all[0] + sum(total);
-  return all[0];
-}
-
-// mixed_r = mixed_r * factor_r + sum over slots of weight_r[slot] * v_slot, for 16 V dimensions.
-template <int R, int V, DType kType>
-static inline void mix_columns(const HeadState& s, const PageView& page, int64_t dim, int64_t d,
-                               int first, int last, const float (&weights)[R][kPageSlots],
-                               const float* factors) {
-  const int64_t size = element_bytes(kType);
-  F acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = mul(load(s.mixed + r * dim + d + 16 * v), set1(factors[r]));
-  for (int slot = first; slot <= last; ++slot) {
-    const std::byte* value = page.v + (slot * dim + d) * size;
-    F lanes[V];
-    for (int v = 0; v < V; ++v) lanes[v] = load_key(value + 16 * v * size, kType);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(set1(weights[r][slot]), lanes[v], acc[r][v]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(s.mixed + r * dim + d + 16 * v, acc[r][v]);
-}
-
-template <int R, DType kType>
-static void attend_page(HeadState& s, const PageView& page, int64_t dim, int first, int last) {
-  float scores[R][kPageSlots] = {};
-  float factors[R];
-  page_scores<R, kType>(s, page, dim, first, last, scores);
-  for (int r = 0; r < R; ++r) factors[r] = page_weights(s, r, page, first, last, scores[r]);
-  int64_t d = 0;
-  for (; d + 64 <= dim; d += 64)
-    mix_columns<R, 4, kType>(s, page, dim, d, first, last, scores, factors);
-  for (; d < dim; d += 16) mix_columns<R, 1, kType>(s, page, dim, d, first, last, scores, factors);
-}
-
-template <DType kType>
-static void attend_page_heads(HeadState& s, const PageView& page, int64_t dim, int first,
-                              int last) {
-  switch (s.n) {
-    case 1:
-      return attend_page<1, kType>(s, page, dim, first, last);
-    case 2:
-      return attend_page<2, kType>(s, page, dim, first, last);
-    case 3:
-      return attend_page<3, kType>(s, page, dim, first, last);
-    case 4:
-      return attend_page<4, kType>(s, page, dim, first, last);
-  }
-}
-
-static void attend_any(DType dtype, HeadState& s, const PageView& page, int64_t dim, int first,
-                       int last) {
-  switch (dtype) {
-    case DType::f32:
-      return attend_page_heads<DType::f32>(s, page, dim, first, last);
-    case DType::bf16:
-      return attend_page_heads<DType::bf16>(s, page, dim, first, last);
-    case DType::i8:
-      return attend_page_heads<DType::i8>(s, page, dim, first, last);
-  }
-}
-
-static PageView page_view(const KvPages& kv, int64_t page, int64_t head) {
-  const int64_t slots = (page * kv.n_kv_heads + head) * kPageSlots;
-  const int64_t bytes = slots * kv.head_dim * element_bytes(kv.dtype);
-  const bool scaled = kv.dtype == DType::i8;
-  return {static_cast<const std::byte*>(kv.k) + bytes, static_cast<const std::byte*>(kv.v) + bytes,
-          scaled ? kv.k_scales + slots : nullptr, scaled ? kv.v_scales + slots : nullptr};
-}
 
 // Blocks begin..begin + n - 1 of a key/value head, counted row by row, all of one sequence, and the
 // parts of the context that any of them sees.
@@ -253,6 +93,28 @@ static inline bool sees(const AttentionArgs& a, int64_t row, int64_t part) {
 
 constexpr int64_t kStateArrays = 3;  // of a head in scratch: query, sums of a part, sums of all
 
+static inline int64_t state_bytes(int64_t dim) { return kStateArrays * kHeadBlock * dim * 4; }
+
+// Most blocks of a unit.
+static inline int64_t block_limit(const KvPages& kv) {
+  int64_t room = kScratchBytes, each = state_bytes(kv.head_dim);
+#ifdef OUTDRAFT_TILES
+  if (on_tiles(kv)) {
+    room -= TileScratch::shared_bytes(kv.head_dim);
+    each += TileScratch::block_bytes(kv.head_dim);
+  }
+#endif
+  return least(kMaxBlocks, room / each);
+}
+
+#ifdef OUTDRAFT_TILES
+// Behind the states of all blocks.
+static inline TileScratch tile_scratch(const AttentionArgs& a, const Worker& worker) {
+  const int64_t dim = a.kv.head_dim, limit = block_limit(a.kv);
+  return {worker.scratch + limit * state_bytes(dim), limit, dim};
+}
+#endif
+
 static inline void take_blocks(const AttentionArgs& a, const Unit& unit, const Worker& worker,
                                HeadState* blocks) {
   const int64_t dim = a.kv.head_dim, group = a.n_heads / a.kv.n_kv_heads;
@@ -270,12 +132,42 @@ static inline void take_blocks(const AttentionArgs& a, const Unit& unit, const W
       const F q = load_at(a.q, s.row, s.first * dim + i, 16);
       store(s.q + i, mul(q, set1(a.scale)));
     }
+#ifdef OUTDRAFT_TILES
+    if (on_tiles(a.kv)) pack_queries(s, b, dim, tile_scratch(a, worker));
+#endif
   }
 }
 
+#ifdef OUTDRAFT_TILES
+static void attend_part_by_tiles(const AttentionArgs& a, const Unit& unit, HeadState* blocks,
+                                 int64_t part, const Worker& worker) {
+  const int32_t sequence = a.sequence[blocks[0].row];
+  const int64_t base = part * kPartSlots;
+  int lo[kMaxBlocks], hi[kMaxBlocks];
+  int first = kPartSlots, last = -1;
+  for (int64_t b = 0; b < unit.n; ++b) {
+    lo[b] = static_cast<int>(most(a.lo[blocks[b].row] - base, 0));
+    hi[b] = static_cast<int>(least(a.hi[blocks[b].row] - base, kPartSlots - 1));
+    first = lo[b] < first ? lo[b] : first;
+    last = hi[b] > last ? hi[b] : last;
+  }
+  PartPages pages{};
+  for (int64_t i = first / kPageSlots; i * kPageSlots <= last; ++i) {
+    const int64_t index = part * kPartPages + i - a.first_page[sequence];
+    const PageView page = page_view(a.kv, a.table[sequence * a.table_stride + index], unit.kv_head);
+    pages.k[i] = page.k;
+    pages.v[i] = page.v;
+  }
+  attend_part_on_tiles(blocks, unit.n, lo, hi, pages, a.kv.head_dim, tile_scratch(a, worker));
+}
+#endif
+
 // Leaves in each block that sees some of a part's keys its sums over them.
-static void attend_part(const AttentionArgs& a, const Unit& unit, HeadState* blocks,
-                        int64_t part) {
+static void attend_part(const AttentionArgs& a, const Unit& unit, HeadState* blocks, int64_t part,
+                        [[maybe_unused]] const Worker& worker) {
+#ifdef OUTDRAFT_TILES
+  if (on_tiles(a.kv)) return attend_part_by_tiles(a, unit, blocks, part, worker);
+#endif
   const int64_t dim = a.kv.head_dim;
   const int32_t sequence = a.sequence[blocks[0].row];
   int64_t lo = INT64_MAX, hi = -1;
@@ -312,7 +204,7 @@ static void attend_whole(const AttentionArgs& a, const Unit& unit, const Worker&
   for (int64_t b = 0; b < unit.n; ++b)
     for (int64_t r = 0; r < blocks[b].n; ++r) clear(sums(b, r), dim);
   for (int64_t part = unit.first_part; part <= unit.last_part; ++part) {
-    attend_part(a, unit, blocks, part);
+    attend_part(a, unit, blocks, part, worker);
     for (int64_t b = 0; b < unit.n; ++b)
       for (int64_t r = 0; r < blocks[b].n; ++r)
         if (sees(a, blocks[b].row, part)) add_part(sums(b, r), part_sums(blocks[b], r, dim), dim);
@@ -346,7 +238,7 @@ static void attend_and_add(const AttentionArgs& a, const Unit& unit, int64_t par
   const int64_t dim = a.kv.head_dim, n_parts = unit.last_part - unit.first_part + 1;
   HeadState blocks[kMaxBlocks];
   take_blocks(a, unit, worker, blocks);
-  attend_part(a, unit, blocks, part);
+  attend_part(a, unit, blocks, part, worker);
   for (int64_t b = 0; b < unit.n; ++b)
     for (int64_t r = 0; r < blocks[b].n; ++r) {
       const Sums from = part_sums(blocks[b], r, dim);
@@ -369,9 +261,8 @@ static void attend_and_add(const AttentionArgs& a, const Unit& unit, int64_t par
 }
 
 // With few units, workers share their parts; else each takes whole units. Both give the same bits.
-static void attention(const AttentionArgs& a, const Worker& worker) {
-  const int64_t dim = a.kv.head_dim;
-  const int64_t limit = least(kMaxBlocks, kScratchBytes / (kStateArrays * kHeadBlock * dim * 4));
+static void attend_all(const AttentionArgs& a, const Worker& worker) {
+  const int64_t dim = a.kv.head_dim, limit = block_limit(a.kv);
   const PartStore parts{worker.shared, dim};
   int64_t units = 0, places = 0;
   each_unit(a, limit, [&](const Unit& unit) {
@@ -394,6 +285,17 @@ static void attention(const AttentionArgs& a, const Worker& worker) {
   each_unit(a, least(limit, most(1, fair)), [&](const Unit& unit) {
     if (turn++ % worker.count == worker.index) attend_whole(a, unit, worker);
   });
+}
+
+static void attention(const AttentionArgs& a, const Worker& worker) {
+#ifdef OUTDRAFT_TILES
+  if (on_tiles(a.kv)) {
+    begin_tiles();
+    attend_all(a, worker);
+    return _tile_release();
+  }
+#endif
+  attend_all(a, worker);
 }
 
 }  // namespace outdraft::OUTDRAFT_ISA

@@ -33,6 +33,14 @@ static inline int64_t group_count(const Weight& w) { return (w.k + w.group - 1) 
 // The compiler does not know which memory the tile instructions read and write.
 static inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
+// Fetches where rows first..end of a panel's results go. Nothing else asks for these lines: they lie
+// a whole row of outputs apart, and a store to each would wait for memory.
+static inline void ask_for_results(const LinearArgs& a, int64_t panel, int64_t first,
+                                   int64_t end) {
+  const int64_t column = panel % panels_per_block(a.weight) * kPanel;
+  for (int64_t row = first; row < end; ++row) __builtin_prefetch(at(a.y, row, column), 1, 2);
+}
+
 struct TileSums {
   alignas(64) int32_t at[2][2][kTileRows][kPanel];  // [block of rows][panel]
 };
@@ -79,6 +87,7 @@ struct W8Tiles {
     const PreparedLayout layout = prepared_layout(w.format, w.k, w.group);
     const uint8_t* x = a.x + first * layout.stride;
     TileSums sums;
+    for (int p = 0; p < P; ++p) ask_for_results(a, panel + p, first, first + A * kTileRows);
     zero_sums();
     int64_t k = 0;
     for (; k + kInputs <= round_up(w.k, 4); k += kInputs) {
@@ -165,29 +174,35 @@ struct W4Tiles {
     memory_barrier();
   }
 
-  static inline void group_sums(const uint8_t* x, int64_t stride, int64_t group,
-                                const uint8_t* tile, int32_t (&sums)[kTileRows][kPanel]) {
+  // Tile 0 = the products of a group.
+  static inline void multiply(const uint8_t* x, int64_t stride, int64_t group,
+                              const uint8_t* tile) {
     _tile_zero(0);
     for (int64_t j = 0; j < group; j += kInputs) {
       _tile_loadd(4, x + j, stride);
       _tile_loadd(6, tile + j * kPanel, kTileBytes);
       _tile_dpbssd(0, 4, 6);
     }
-    _tile_stored(0, sums, kTileBytes);
-    memory_barrier();
   }
 
   // totals += n groups of 16 rows; `row_scales` are [group][16].
   static inline void block(const uint8_t* x, int64_t stride, int64_t group, int64_t n,
                            const float* row_scales, Stretch& stretch, float (*totals)[kPanel]) {
+    const auto start = [&](int64_t g) {
+      multiply(x + g * group, stride, group, stretch.tiles + g * group * kPanel);
+    };
     F total[kTileRows];
     for (int r = 0; r < kTileRows; ++r) total[r] = load(totals[r]);
-    group_sums(x, stride, group, stretch.tiles, stretch.sums[0]);
+    start(0);
+    _tile_stored(0, stretch.sums[0], kTileBytes);
+    if (n > 1) start(1);
+    memory_barrier();
     for (int64_t g = 0; g < n; ++g) {
-      // The tiles work on the next group while the sums of this one are added.
-      if (g + 1 < n)
-        group_sums(x + (g + 1) * group, stride, group, stretch.tiles + (g + 1) * group * kPanel,
-                   stretch.sums[(g + 1) % 2]);
+      // While the sums of this group are added, the next one's go to memory, which they are ready
+      // for, and tiles work on the one after it.
+      if (g + 1 < n) _tile_stored(0, stretch.sums[(g + 1) % 2], kTileBytes);
+      if (g + 2 < n) start(g + 2);
+      memory_barrier();
       const F scales = load(stretch.scales[g]);
       const int32_t(*sums)[kPanel] = stretch.sums[g % 2];
 #pragma GCC unroll 16
@@ -222,6 +237,7 @@ struct W4Tiles {
     for (int64_t group = 0; group < groups; group += most) {
       const int64_t n = least(most, groups - group);
       unpack(w, panel, group, n, stretch);
+      if (group + n == groups) ask_for_results(a, panel, first, end);
       for (int64_t row = first; row < end; row += kTileRows)
         block(a.x + row * stride + group * w.group, stride, w.group, n,
               row_scales + (row - first) * groups + group * kTileRows, stretch,

@@ -44,6 +44,9 @@ class EngineConfig:
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token. Requests with a seed take the most probable one where
             the length is chosen, so that measured times do not change their text.
+        draft_vocab: ids that a native head drafts; None: all. No other token is drafted, and what
+            is emitted does not change.
+        draft_vocab_text: a file whose most frequent tokens are among them; the lowest ids else.
         device: `cuda` is one GPU through Triton; `auto` takes a GPU that can be used, unless a
             backend or a dtype is asked for.
         backend: `cpu` is the compiled kernels, `reference` plain PyTorch; `auto` takes the kernels
@@ -61,8 +64,7 @@ class EngineConfig:
             of `ctx_size` always fits.
         prefix_cache: keep keys and values for later prompts that begin alike.
         kept_states: of recurrent layers, how many states the prefix cache keeps at most, each
-            behind a page of 64 tokens; None: what takes as many bytes as keys and values, and at
-            least 4.
+            behind a page of 64 tokens; None: as many bytes as keys and values take, at least 4.
         threads: CPU threads; None leaves PyTorch's choice.
         cache_dir: where the kernels' packed weights are kept for the next start; None: nowhere.
         cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.
@@ -79,6 +81,8 @@ class EngineConfig:
     draft_n_max: int | None = None
     draft_n: int | None = None
     sample_drafts: bool = True
+    draft_vocab: int | None = None
+    draft_vocab_text: str | None = None
     device: Device = "auto"
     backend: Backend = "auto"
     dtype: DType = "auto"
@@ -104,6 +108,7 @@ class EngineConfig:
         for name, low, high in (
             ("draft_n_max", 0, 64),
             ("draft_n", 0, 64),
+            ("draft_vocab", 1, 2**31),
             ("ctx_size", 1, 2**31),
             ("max_sequences", 1, 4096),
             ("max_queue", 0, 2**20),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from outdraft.bench import shape as bench
-from outdraft.bench.shape import Settings, forecast, measure_shape, weight_bytes
+from outdraft.bench.forecast import forecast
+from outdraft.bench.shape import Settings, measure_shape, weight_bytes
 from outdraft.bench.shapes import Shape
 from outdraft.bench.synthetic import (
     DISTINCT_ROWS,

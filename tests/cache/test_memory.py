@@ -28,6 +28,11 @@ def bind(m: Memory, ops: Ops, sequence: str, n_rows: int) -> CausalAttend:
     return CausalCall.prepare(m, ops, [Span(sequence, 0, n_rows)], [0] * n_rows).attend
 
 
+def plain(x_THD: Tensor) -> Heads:
+    """Queries as they are."""
+    return Heads(x_THD, None, None, None)
+
+
 def raw(x_TGD: Tensor) -> Heads:
     return Heads(x_TGD, None, None, 0.0)
 
@@ -85,7 +90,7 @@ def test_any_walk_sees_its_own_rows_and_leaves_nothing(walk: list[tuple[int, int
         v = torch.arange(at, at + n_rows).float().view(-1, 1, 1).expand(-1, 1, 8)
         zeros = torch.zeros(n_rows, 1, 8)
         for layer, window in ((0, None), (1, 70)):
-            got = bound(layer, zeros, raw(zeros), raw(v))[:, 0, 0]
+            got = bound(layer, plain(zeros), raw(zeros), raw(v))[:, 0, 0]
             for t in range(n_rows):
                 first = 0 if window is None else max(0, at + t - window + 1)
                 assert abs(float(got[t]) - (first + at + t) / 2) < 1e-2
@@ -117,13 +122,13 @@ def test_pages_are_clean_for_the_next_sequence() -> None:
     bad = torch.full((3, 1, 8), float("inf"))
     m.open("a")
     m.reserve("a", 3)
-    bind(m, ops, "a", 3)(0, torch.ones(3, 1, 8), raw(bad), raw(bad))
+    bind(m, ops, "a", 3)(0, plain(torch.ones(3, 1, 8)), raw(bad), raw(bad))
     m.advance("a", 3)
     m.close("a")
     m.open("b")
     m.reserve("b", 2)
     good = torch.ones(2, 1, 8)
-    out = bind(m, ops, "b", 2)(0, good, raw(good), raw(good))
+    out = bind(m, ops, "b", 2)(0, plain(good), raw(good), raw(good))
     assert torch.equal(out, good)
 
 

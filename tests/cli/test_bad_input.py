@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from tests import tiny
@@ -190,3 +191,24 @@ def test_a_damaged_tokenizer(outdraft: Invoke, target: Path) -> None:
 def change_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_draft_model_of_another_vocabulary(outdraft: Invoke, tmp_path: Path) -> None:
+    target, small = tiny.tiny_hybrid(tmp_path / "m"), tiny.tiny_target(tmp_path / "small")
+    text = (small / "tokenizer.json").read_text()
+    (small / "tokenizer.json").write_text(text.replace("<unused9>", "<other9>"))
+    result = outdraft("generate", target, "--prompt", "a", "--assistant", small)
+    assert_refused(result, "token 271 is '<unused9>' for the target and '<other9>'")
+
+
+def test_a_head_that_is_claimed_and_not_whole(outdraft: Invoke, tmp_path: Path) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    for dropped, named in (
+        ("mtp.fc", "missing, such as mtp.fc.weight"),
+        ("mtp.", "claims 1 MTP layer and no mtp.* tensor is there"),
+    ):
+        kept = {n: t for n, t in tensors.items() if not n.startswith(dropped)}
+        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+        result = outdraft("generate", path, "--prompt", "a", "--spec-type", "mtp")
+        assert_refused(result, named)

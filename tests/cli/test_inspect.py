@@ -188,6 +188,7 @@ def test_a_hybrid_with_its_head(outdraft: Invoke, tmp_path: Path, shape: str) ->
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "recurrent state" in result.stdout and "k + 2 of them" in result.stdout
+    assert "kept for later prompts" in result.stdout
     assert "mtp: the head in the checkpoint" in result.stdout
     assert "drafting up to 3 tokens" in result.stdout
     raw = json.loads((path / "config.json").read_text())
@@ -209,3 +210,27 @@ def test_a_hybrid_that_lost_its_head(outdraft: Invoke, tmp_path: Path) -> None:
     result = outdraft("inspect", path)
     assert result.exit_code == 0, result.output
     assert "without drafting" in result.stdout and "no mtp.* tensor" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ministral3"])
+def test_a_smaller_model_of_the_same_vocabulary(
+    outdraft: Invoke, tmp_path: Path, family: str
+) -> None:
+    make = tiny.tiny_hybrid if family == "qwen3_5" else tiny.tiny_target
+    target, small = make(tmp_path / "m", family), make(tmp_path / "small", family)
+    result = outdraft("inspect", target, "--assistant", small)
+    assert result.exit_code == 0, result.output
+    assert "draft-model: named by you" in result.stdout and "up to 4 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ministral3"])
+def test_another_vocabulary_is_refused_by_its_first_difference(
+    outdraft: Invoke, tmp_path: Path, family: str
+) -> None:
+    make = tiny.tiny_hybrid if family == "qwen3_5" else tiny.tiny_target
+    target, small = make(tmp_path / "m", family), make(tmp_path / "small", family)
+    text = (small / "tokenizer.json").read_text()
+    (small / "tokenizer.json").write_text(text.replace("<unused9>", "<other9>"))
+    want = "the vocabularies differ: token 271 is '<unused9>' for the target and '<other9>'"
+    result = outdraft("inspect", target, "--assistant", small)
+    assert result.exit_code == 1 and want in " ".join(result.stdout.split())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from outdraft.cache import recurrent
+from outdraft.cache.states import StateBooks
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
 from outdraft.request import SamplingParams
@@ -180,3 +181,49 @@ def test_prefix_hits_under_pressure(target: Path, drafter: str) -> None:
     assert llm.memory.books.prefix.n_hit > 1000 and stats.n_preempted > 0
     assert llm.runner.faults.n_drafter == 0
     assert_idle(llm)
+
+
+@pytest.mark.parametrize("bug", ["rows behind the page", "a row too early"])
+def test_a_wrong_state_in_the_cache_is_seen(
+    target: Path, monkeypatch: pytest.MonkeyPatch, bug: str
+) -> None:
+    """The test of hits fails when a state has other rows than its page's end says."""
+    if bug == "a row too early":  # inside a prompt
+        numbers = StateBooks.numbers
+
+        def early(self: StateBooks, sequence: str, length: int, n_rows: int) -> object:
+            read, writes = numbers(self, sequence, length, n_rows)
+            ahead = set(self.rings[sequence].ahead.values())
+            return read, [(row - (s in ahead), s) for row, s in writes]
+
+        monkeypatch.setattr(StateBooks, "numbers", early)
+    else:  # of an output: what was drafted behind it, too
+        keep = StateBooks.keep
+
+        def late(self: StateBooks, sequence: str, length: int, *, sure: bool) -> int | None:
+            behind = self.rings[sequence].behind
+            if length in behind:
+                behind[length], behind[max(behind)] = behind[max(behind)], behind[length]
+            return keep(self, sequence, length, sure=sure)
+
+        monkeypatch.setattr(StateBooks, "keep", late)
+    with pytest.raises(AssertionError):
+        test_a_prefix_hit_has_the_bits_of_none(target, "w8", "itself")
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_shared_beginning_is_computed_once(target: Path, k: int) -> None:
+    """A second prompt of 900 tokens with 810 of the first: the rest is computed, and no more than
+    the distance of two kept states beside it; a third of the same kind hits the page where they
+    part. Hits do not depend on drafting.
+    """
+    llm = load(target, "w8", ctx_size=1000, max_sequences=1)
+    cold = load(target, "w8", spec_type="off", ctx_size=1000, prefix_cache=False)
+    shared = text(810, 1)
+    for seed, hit in ((2, 0), (3, 704), (4, 768)):
+        prompt = [*shared, *text(90, seed)]
+        got, want = logged(llm, prompt, k), logged(cold, prompt, 0)
+        assert hit <= got[2] <= 768
+        assert_same(got[:2], want[:2])
+    states = llm.stats().states
+    assert states is not None and 0 < states.kept <= states.kept_max

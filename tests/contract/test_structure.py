@@ -30,6 +30,7 @@ TORCH_FREE = (
     "cache/books.py",
     "cache/pages.py",
     "cache/prefix.py",
+    "cache/states.py",
     "engine/plan.py",
     "engine/scheduler.py",
     "engine/sequence.py",

@@ -88,8 +88,8 @@ def test_logits_that_are_not_finite(
     guilty = sequences[GUILTY]
     real = llm.runner.target_pass.run
 
-    def poisoned(tokens, spans, wanted):  # type: ignore[no-untyped-def]
-        done = real(tokens, spans, wanted)
+    def poisoned(tokens, spans, wanted, **options):  # type: ignore[no-untyped-def]
+        done = real(tokens, spans, wanted, **options)
         if when == "decoding" and len(guilty.output) < 10:
             return done
         logits_RV, best_R = done.logits_RV.clone(), done.best_R.clone()

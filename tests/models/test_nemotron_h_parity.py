@@ -1,6 +1,7 @@
 """Logits equal transformers' Nemotron-H, dense, with experts and with a latent, with and without a
 cache."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ import transformers
 from torch import Tensor
 
 from outdraft.cache.memory import Memory
+from outdraft.config import EngineConfig
 from outdraft.errors import ModelError
 from outdraft.models import nemotron_h
 from outdraft.models.nemotron_h_config import NemotronHConfig
+from outdraft.models.registry import load_target
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.reference import ReferenceOps
+from outdraft.speculate.mtp import find_head
 from tests import tiny
 from tests.models.parity import assert_parity, memory_of, run
 
@@ -105,3 +109,21 @@ def test_layers_are_the_same_as_letters_and_as_names() -> None:
 def test_a_config_that_is_not_one_of_these_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         NemotronHConfig.from_hf(tiny.target_config("nemotron_h_moe") | change)
+
+
+@torch.inference_mode()
+def test_packed_int4_experts_and_projections_are_taken_over(tmp_path: Path) -> None:
+    """Experts have tensors of their own, a projection is cut in two, and the head is there, too."""
+    sizes = {"moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64}
+    sizes |= {"mamba_num_heads": 8, "mamba_head_dim": 16}
+    source = tiny.tiny_hybrid(tmp_path / "source", "nemotron_h_moe", **sizes)
+    path = tiny.int4_target(tmp_path / "int4", source)
+    tokens = torch.randint(6, tiny.VOCAB, (60,), generator=torch.Generator().manual_seed(4))
+    logits = []
+    for given in ({"backend": "reference"}, {"quant": "w4", "kv_dtype": "fp32"}):
+        target = load_target(path, EngineConfig(ctx_size=64, **given))
+        memory = memory_of(list(target.family.memory_layers(target.config)))
+        logits.append(run(target.model, memory, tokens.tolist()))
+    want, got = logits
+    assert float((got - want).square().mean()) <= 0.01 * float(want.var())
+    assert find_head(path, target.config) is None

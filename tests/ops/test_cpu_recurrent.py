@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from outdraft.ops import recurrent_reference as reference
-from outdraft.ops.base import DeltaGates, StateRows
 from outdraft.ops.cpu import CpuOps
+from outdraft.ops.recurrent_base import DeltaGates, StateRows
 
 N_K, N_V, K, V, WIDTH = 2, 6, 32, 48, 4
 CHANNELS = 2 * N_K * K + N_V * V

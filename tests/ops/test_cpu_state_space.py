@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from outdraft.ops import recurrent_reference as reference
-from outdraft.ops.base import SigmoidRouter, StateRows, StateSpace
+from outdraft.ops.base import SigmoidRouter
 from outdraft.ops.cpu import CpuOps
 from outdraft.ops.packed import PackedLinear
 from outdraft.ops.record import record
+from outdraft.ops.recurrent_base import StateRows, StateSpace
 from outdraft.ops.reference import ReferenceOps
 from tests.ops.test_cpu_recurrent import rows_of
 

@@ -74,3 +74,29 @@ def test_fewer_rows_cost_no_more() -> None:
         costs.set(n_rows, seconds)
     costs.straighten()
     assert [costs.at(n) for n in (1, 2, 4, 8)] == [1.0, 1.0, 1.2, 1.2]
+
+
+def test_work_around_a_round_is_added_whatever_its_size() -> None:
+    """Probes of one sequence take 0.2 ms more than measured; sixteen would take as much more."""
+    model = StepModel()
+    model.measured({1: 1e-3, 16: 2e-3})
+    model.rounds.set(1, 1, 0.1e-3)
+    model.rounds.set(16, 1, 0.4e-3)
+    for _ in range(60):
+        model.observe_pass(16, 2e-3)
+        model.observe_round(1, 1, 0.3e-3)
+    assert model.draft_s(1, 1) == pytest.approx(0.3e-3, rel=0.1)
+    assert model.draft_s(16, 1) == pytest.approx(0.6e-3, rel=0.1)
+
+
+def test_costs_that_are_measured_again_replace_what_was_learned() -> None:
+    model = StepModel()
+    model.measured({1: 20e-3, 16: 40e-3})  # while the machine was busy
+    model.rounds.set(1, 1, 10e-3)
+    for _ in range(60):
+        model.observe_pass(1, 1e-3)
+        model.observe_round(1, 1, 0.1e-3)
+        model.observe_rest(1, 0.1e-3)
+    assert model.speed < 0.1
+    model.measured({1: 1e-3, 16: 2e-3})
+    assert model.speed == 1.0 and model.pass_s(1) == 1e-3 and model.rest_s(1) == 0.0

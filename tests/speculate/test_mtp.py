@@ -1,6 +1,7 @@
 """The native head: against a plain restatement in fp64, and refused when it is not whole."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from outdraft.errors import ModelError
 from outdraft.models.nemotron_h_config import NemotronHConfig
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.request import SamplingParams
+from outdraft.sampling.logits import distribution
+from outdraft.speculate.draft_vocab import choose_ids
 from outdraft.speculate.mtp import MtpDrafter
+from outdraft.speculate.proof import (
+    Decoder,
+    block_distribution,
+    chi_square_p_value,
+    continuation,
+    logits_table,
+    sampled_drafts,
+    table,
+)
 from tests import tiny
 
 PROMPT = torch.randint(6, 300, (21,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -257,3 +269,137 @@ def test_recorded_rounds_draft_what_plain_calls_do(tmp_path: Path, shape: str) -
     many = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 25, 12)]
     llm.generate_all(prompts, many)
     assert llm.runner.faults.n_drafter == 0 and set(seen) >= {1, 2, 3}
+
+
+def watched(llm: LLM) -> list[tuple[int, list[int]]]:
+    """Filled with every round of one sequence: its number of tokens, and its drafts."""
+    drafter = llm.pairing.drafter
+    assert isinstance(drafter, MtpDrafter)
+    rounds: list[tuple[int, list[int]]] = []
+    propose = drafter.propose
+
+    def seen(view: Any, k: int) -> Any:
+        draft = propose(view, k)
+        own = draft.tokens_BK[0, : draft.lengths[0]].tolist()
+        rounds.append((len(view.sequences[0].tokens), own))
+        return draft
+
+    drafter.propose = seen  # type: ignore[method-assign]
+    return rounds
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_behind_a_prefix_hit_the_head_drafts_what_it_would(tmp_path: Path, backend: str) -> None:
+    """The head's pages come from its own cache; where they part one token late, it begins anew."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8, dtype="bfloat16")
+    options: dict[str, Any] = {"backend": backend, "draft_n": 3, "ctx_size": 512}
+    warm = LLM(str(path), EngineConfig(**options))
+    cold = LLM(str(path), EngineConfig(**options, prefix_cache=False))
+    got, want = watched(warm), watched(cold)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    shared = torch.randint(6, 300, (220,), generator=torch.Generator().manual_seed(2)).tolist()
+    warm.generate([*shared, 7, 8], params)
+    got.clear()
+    prompt = [*shared, 9, 10, 11]
+    done = warm.generate(prompt, params)
+    assert done.cached_tokens == 192 and done.tokens == cold.generate(prompt, params).tokens
+    assert got == want and sum(len(drafts) for _, drafts in got) > 20
+    got.clear()
+    parted = [*shared[:192], 5 if shared[192] != 5 else 6, *shared[193:]]  # row 191 is another
+    done = warm.generate(parted, params)
+    assert done.cached_tokens == 192 and done.tokens == cold.generate(parted, params).tokens
+    assert sum(len(drafts) for _, drafts in got) > 20
+    drafter = warm.pairing.drafter
+    assert isinstance(drafter, MtpDrafter) and warm.runner.faults.n_drafter == 0
+    drafter.memory.books.check()
+
+
+def test_rounds_of_a_head_are_measured_at_the_start(tmp_path: Path) -> None:
+    """The controller has costs of drafting before the first request."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8, dtype="bfloat16")
+    llm = LLM(str(path), EngineConfig(backend="cpu", draft_n_max=3, ctx_size=256, max_sequences=2))
+    drafter = llm.pairing.drafter
+    assert llm.lengths is not None and isinstance(drafter, MtpDrafter)
+    rounds = llm.lengths.likeliest.costs.rounds
+    assert (1, 1) in rounds and (1, 3) in rounds
+    assert not drafter.memory.lengths and not llm.memory.lengths
+    drafter.memory.books.check()
+
+
+@pytest.mark.parametrize("shape", RESTATED)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_part_of_the_vocabulary_is_drafted_and_nothing_else_changes(
+    tmp_path: Path, backend: str, shape: str
+) -> None:
+    path = tiny.tiny_hybrid(tmp_path / "m", shape, seed=8, dtype="bfloat16")
+    options: dict[str, Any] = {"backend": backend, "draft_n": 3, "ctx_size": 256}
+    whole = LLM(str(path), EngineConfig(**options))
+    part = LLM(str(path), EngineConfig(**options, draft_vocab=100))
+    drafter = part.pairing.drafter
+    assert isinstance(drafter, MtpDrafter) and drafter.vocab is not None
+    ids = set(drafter.vocab.ids_N.tolist())
+    assert len(ids) == 128 and 1 in ids  # the end of sequence
+    rounds = watched(part)
+    for seed, temperature in ((None, 0.0), (4, 0.9)):
+        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=30, ignore_eos=True)
+        assert part.generate(PROMPT, params).tokens == whole.generate(PROMPT, params).tokens
+    drafted = {token for _, drafts in rounds for token in drafts}
+    assert len(drafted) > 5 and drafted <= ids
+    with torch.inference_mode():
+        rows = torch.randn(3, 64).to(torch.bfloat16)
+        ids_N = drafter.vocab.ids_N
+        want_BV = part.target.model.logits(rows)
+        got_BV = drafter.vocab.whole(drafter.vocab.logits(rows))
+        assert torch.equal(got_BV[:, ids_N], want_BV[:, ids_N])
+        assert int(torch.isfinite(got_BV).sum()) == 3 * len(ids_N)
+
+
+def test_drawn_drafts_of_a_part_are_lossless(tmp_path: Path) -> None:
+    """The engine's own drafts and verification: second tokens have the target's distribution."""
+    path = tiny.tiny_hybrid(tmp_path / "m", seed=8)
+    config = {
+        "draft_n": 1,
+        "ctx_size": 64,
+        "max_sequences": 64,
+        "max_queue": 2000,
+    }
+    llm = LLM(str(path), EngineConfig(**config, draft_vocab=256))  # type: ignore[arg-type]
+    n, prompt = 1200, PROMPT[:5]
+    params = SamplingParams(temperature=1.0, top_k=40, max_tokens=3, ignore_eos=True)
+    done = llm.generate_all([prompt] * n, params)
+    assert sum(c.stats.n_accepted for c in done) > 10
+    first = Counter(c.tokens[0] for c in done)
+    token, n_first = first.most_common(1)[0]
+    llm.runner.logits_log = {}
+    llm.set_draft_n_max(0)
+    llm.generate([*prompt, token], SamplingParams(max_tokens=1))
+    (rows,) = llm.runner.logits_log.values()
+    p_V = distribution(rows[0][None], params)[0].double()
+    ids = p_V.nonzero()[:, 0]
+    seen = Counter(c.tokens[1] for c in done if c.tokens[0] == token)
+    assert set(seen) <= set(ids.tolist())
+    observed = torch.tensor([seen[i] for i in ids.tolist()], dtype=torch.float64)
+    assert chi_square_p_value(observed, p_V[ids] * n_first) > 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_q_without_mass_outside_a_part_is_lossless(k: int) -> None:
+    """By enumeration through the real rule: most of the target's mass may lie outside."""
+    vocab, params = 4, SamplingParams(1.0)
+    truth = table(logits_table(vocab, 1), params)
+    scores = logits_table(vocab, 2)
+
+    def part(context: tuple[int, ...]) -> Tensor:
+        logits_V = scores(context).clone()
+        logits_V[[1, 3]] = float("-inf")
+        return logits_V
+
+    decoder = Decoder(truth, sampled_drafts(table(part, params)))
+    got = block_distribution(decoder, truth, vocab, k)
+    want = continuation(truth, (), vocab, k + 1)
+    assert float((got - want).abs().max()) < 1e-12
+
+
+def test_ids_are_the_frequent_ones_then_the_lowest() -> None:
+    assert choose_ids(64, 1000, [999], [500, 500, 7, 600]) == [*range(61), 500, 600, 999]
+    assert choose_ids(65, 100, []) == [*range(100)]

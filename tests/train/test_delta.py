@@ -6,8 +6,8 @@ from torch import Tensor
 
 from outdraft.models import mtp, qwen3_5
 from outdraft.models.qwen3_5_config import Qwen35Config
-from outdraft.ops.base import DeltaGates, DeltaNet, StateRows
 from outdraft.ops.batched import BatchedOps
+from outdraft.ops.recurrent_base import DeltaGates, DeltaNet, StateRows
 from outdraft.ops.recurrent_reference import delta_rule, short_conv
 from outdraft.ops.reference import ReferenceOps
 from outdraft.train import delta

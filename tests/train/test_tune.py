@@ -19,7 +19,8 @@ from outdraft.train.gate import difference, is_better, tokens_per_pass
 from outdraft.train.losses import DRAFT_LOSSES, draft_loss
 from outdraft.train.served import served_target
 from outdraft.train.trainer import Progress, TrainingStopped
-from outdraft.train.tune import NothingGained, TuneSettings, tune
+from outdraft.train.tune import NothingGained, tune
+from outdraft.train.tune_settings import TuneSettings
 from outdraft.train.tuning import Texts, anchors
 from outdraft.train.tuning_data import read_prompts, split_by_hash
 from tests import tiny

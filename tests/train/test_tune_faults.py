@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from outdraft.cli.tune import app
@@ -19,7 +20,7 @@ from outdraft.errors import TrainingError
 from outdraft.train import tune as tuning_run
 from outdraft.train.trainer import Progress
 from outdraft.train.tune import tune
-from tests import tiny
+from tests import adapters, tiny
 from tests.train import tune_child
 
 KILLS = 10
@@ -150,6 +151,25 @@ def test_a_new_drafter_for_a_target_without_one(
     assert config["backbone_hidden_size"] == 64
     generation = json.loads((tmp_path / "made" / "generation_config.json").read_text())
     assert generation["num_assistant_tokens"] == 2
+
+
+def test_an_adapted_target_is_what_is_learned_from(
+    tmp_path: Path, given: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts, training and measuring all see the adapter, as they would a merged target."""
+    monkeypatch.setattr(tuning_run, "is_better", lambda change: True)
+    target, stock, data = given
+    modules = ("q_proj", "v_proj", "down_proj")
+    adapter = adapters.write_adapter(tmp_path / "adapter", Path(target), modules)
+    whole = adapters.merge_into(tmp_path / "merged", Path(target), adapter)
+    settings = tune_child.settings(target, stock, data)
+    ours = tune(tmp_path / "a", replace(settings, adapter=str(adapter)), quiet)
+    theirs = tune(tmp_path / "b", replace(settings, target=str(whole)), quiet)
+    tune(tmp_path / "c", settings, quiet)
+    assert ours["before"] == theirs["before"]
+    found = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
+    apart = [max(float((f[n] - found[1][n]).float().abs().max()) for n in found[1]) for f in found]
+    assert apart[0] < 0.05 * apart[2]
 
 
 @pytest.mark.parametrize("kind,said", [("qwen3_5", "for Gemma 4"), ("moe", "experts")])

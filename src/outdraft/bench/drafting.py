@@ -11,7 +11,12 @@ import torch
 
 from outdraft.bench.made_up import SEQUENCE, as_target
 from outdraft.bench.shapes import Shape
-from outdraft.bench.synthetic import synthetic_assistant, synthetic_head, synthetic_target
+from outdraft.bench.synthetic import (
+    nothing_but_shape,
+    synthetic_assistant,
+    synthetic_head,
+    synthetic_target,
+)
 from outdraft.cache.memory import LayerMemory, Memory
 from outdraft.engine.graphs import TargetPass
 from outdraft.models.gemma4_config import AssistantConfig, Gemma4Config
@@ -20,9 +25,19 @@ from outdraft.models.layers import TargetModel
 from outdraft.ops.base import Ops
 from outdraft.request import SamplingParams
 from outdraft.speculate.draft_model import CATCH_UP, DraftModelDrafter
+from outdraft.speculate.draft_vocab import DraftVocab, choose_ids
 from outdraft.speculate.drafter import Drafter, ReadsStates, SequenceView, TargetView
 from outdraft.speculate.gemma4_assistant import Gemma4AssistantDrafter
 from outdraft.speculate.mtp import MtpDrafter
+
+
+def synthetic_vocab(shape: Shape, target: TargetModel, n_ids: int) -> DraftVocab:
+    """A part of the vocabulary, of made-up rows as the target's head has."""
+    n_vocab = shape.target.vocab_size
+    ids = choose_ids(n_ids, n_vocab, ())
+    rows = nothing_but_shape((len(ids), shape.target.hidden_size))
+    weight = target.ops.pack(rows, "embedding")  # type: ignore[arg-type]
+    return DraftVocab(torch.tensor(ids), weight, target.ops, n_vocab)
 
 
 def count_drafter(shape: Shape, ops: Ops) -> None:

@@ -8,17 +8,17 @@ than by real text. Not here: the weights (synthetic.py), tables (cli/bench_shape
 
 import random
 import sys
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter
+from outdraft.bench.drafting import Rounds, count_drafter, synthetic_drafter, synthetic_vocab
+from outdraft.bench.forecast import forecast
 from outdraft.bench.hardware import available_bytes, peak_bytes, read_seconds
 from outdraft.bench.made_up import (
     FILL_ROWS,
@@ -44,12 +44,14 @@ from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.ops.packed import Format
 from outdraft.request import Request
 from outdraft.speculate.drafter import Drafter
+from outdraft.speculate.mtp import MtpDrafter
 from outdraft.text.stream import StopStrings
 
 MAX_ROWS = 8
 READ_BYTES = 1 << 30
 SPARE_BYTES = 1 << 30  # PyTorch, Python and activations
 FIRST_TOKEN = 2
+WARM_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Settings:
     n_tokens: int = 16
     rounds: int = 5
     draft_steps: int = 4
+    draft_vocab: int | None = None
     device: torch.device = CPU
 
     @property
@@ -95,7 +98,11 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
     rows, read_gb_s = rig.time_rows(settings.rounds)
     draft_s = rig.time_draft_step(settings.draft_steps, settings.rounds)
     pass_s = {int(row["rows"]): row["us"] / 1e6 for row in rows}
-    drafting = forecast(acceptance, plain.seconds, pass_s, draft_s)
+    steps = {}
+    if settings.device.type != "cpu":
+        steps = {k: rig.time_drafting(k, settings.rounds) for k in range(1, len(acceptance) + 1)}
+    drafting = forecast(acceptance, plain.seconds, pass_s, draft_s, steps)
+    part_s = rig.time_part(shape, settings)
     best = max(drafting, key=lambda entry: float(entry["tok_s"]), default=None)
     bytes_per_token = rows[0]["bytes"]
     return {
@@ -119,45 +126,17 @@ def measure_shape(shape: Shape, settings: Settings, acceptance: Seq[float]) -> d
         "cost_by_rows": rows,
         "draft_step_us": draft_s * 1e6,
         "draft_step_cost": draft_s / plain.seconds,
+        "draft_vocab": settings.draft_vocab,
+        "draft_vocab_step_us": None if part_s is None else part_s * 1e6,
         "acceptance": list(acceptance),
         "drafting": drafting,
         "time_by_part_us": rig.time_parts(settings.rounds),
     }
 
 
-def forecast(
-    acceptance: Seq[float], plain_s: float, pass_s: dict[int, float], draft_s: float
-) -> list[dict[str, float]]:
-    """Speed at every draft length, from measured costs and a given conditional acceptance.
-
-    A step of k drafts takes k draft steps, a pass of k + 1 rows and what the engine does beside
-    it, and gives one token and the drafts accepted with all before them: 1 + a1 + a1 a2 + ...
-
-    Args:
-        plain_s: a step of plain decoding.
-        pass_s: number of rows -> a pass.
-        draft_s: a draft step.
-    """
-    found = []
-    rest_s = max(0.0, plain_s - pass_s[1])
-    for k, standing in enumerate(accumulate(accumulate(acceptance, mul)), start=1):
-        if k + 1 not in pass_s:
-            break
-        tokens, seconds = 1 + standing, pass_s[k + 1] + k * draft_s + rest_s
-        found.append(
-            {
-                "k": k,
-                "tokens_per_pass": tokens,
-                "tok_s": tokens / seconds,
-                "speedup": tokens / seconds * plain_s,
-            }
-        )
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Plain decoding: median time of an engine's step, and the share of it outside the kernels."""
+    """Plain decoding: time of an engine's step, and the share of it outside the kernels."""
 
     seconds: float
     python_share: float
@@ -220,16 +199,34 @@ class Rig:
         return self.runner.target_pass.run(tokens, [Span(SEQUENCE, 0, n)], list(range(n)))
 
     def decode(self, n_tokens: int) -> Decoding:
-        """Greedy decoding by the engine; the first step, which records, is not counted."""
+        """Greedy decoding by the engine; the first steps, which record, are not counted."""
         sequence = self.new_sequence()
         plan = StepPlan([Work(SEQUENCE, 1, 0)])
-        self.runner.execute(plan, {SEQUENCE: sequence})
-        (program,) = self.ops.programs
-        before_s, n_before = program.seconds, program.n_replays
+        for _ in range(WARM_STEPS):
+            self.runner.execute(plan, {SEQUENCE: sequence})
+        before_s, n_before = self._replayed()
+        start = time.perf_counter()
         steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(n_tokens)]
-        in_kernels = (program.seconds - before_s) / (program.n_replays - n_before)
+        after_s, n_after = self._replayed()
         seconds = median(steps)
+        if self.memory.device.type != "cpu":  # one pass was done before, and one more is done now
+            seconds = (time.perf_counter() - start) / n_tokens
+        self.runner.target_pass.ahead.drop()
+        in_kernels = (after_s - before_s) / max(1, n_after - n_before)
         return Decoding(seconds, max(0.0, 1 - in_kernels / seconds))
+
+    def _replayed(self) -> tuple[float, int]:
+        """Seconds in recorded calls so far, all of which are waited for, and their number."""
+        programs = self.ops.programs
+        return sum(p.seconds for p in programs), sum(p.n_replays for p in programs)
+
+    def time_drafting(self, k: int, rounds: int) -> float:
+        """Seconds of an engine's step of k drafts, none of which is kept."""
+        sequence = self.new_sequence()
+        self.runner.execute(StepPlan([Work(SEQUENCE, 1, 0)]), {SEQUENCE: sequence})
+        plan = StepPlan([Work(SEQUENCE, 1, k)])
+        steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(rounds + 2)]
+        return median(steps[2:])
 
     def new_sequence(self) -> Sequence:
         """The sequence behind the context, as the engine sees it: greedy, never ending."""
@@ -286,6 +283,16 @@ class Rig:
         self.memory.reserve(SEQUENCE, 1)
         behind = Rounds(self.drafter, self.memory, self.model, tokens, k)
         return median(clock(behind.next) for _ in range(rounds)) / k
+
+    def time_part(self, shape: Shape, settings: Settings) -> float | None:
+        """Seconds of a draft step over a part of the vocabulary, for a native head."""
+        if settings.draft_vocab is None or not isinstance(self.drafter, MtpDrafter):
+            return None
+        drafter = self.drafter
+        drafter.vocab = synthetic_vocab(shape, self.model, settings.draft_vocab)
+        drafter.forget_recordings()
+        drafter.close(SEQUENCE)
+        return self.time_draft_step(settings.draft_steps, settings.rounds)
 
     @torch.inference_mode()
     def time_parts(self, rounds: int) -> dict[str, float]:

@@ -16,18 +16,8 @@ from torch import Tensor
 
 from outdraft.cache.memory import Memory, Span
 from outdraft.cache.tables import Ints
-from outdraft.ops.base import (
-    PAGE_SLOTS,
-    AttentionRows,
-    DeltaNet,
-    Fuses,
-    Heads,
-    KvPages,
-    Ops,
-    PageSlots,
-    StateRows,
-    StateSpace,
-)
+from outdraft.ops.base import PAGE_SLOTS, AttentionRows, Fuses, Heads, KvPages, Ops, PageSlots
+from outdraft.ops.recurrent_base import DeltaNet, StateRows, StateSpace
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,7 @@ class Memory:
             prefix_cache: keep verified pages for later sequences that begin alike, and states of
                 recurrent layers behind some of them.
             n_draft_max: most rows of a step that `rollback` takes back.
-            kept_states: how many states the prefix cache keeps at most; None for what
-                `plan_states` says.
+            kept_states: most states of the prefix cache; None for what `plan_states` says.
         """
         self.layers = kv_layers(layers)
         self.device = device or torch.device("cpu")
@@ -102,9 +101,8 @@ class Memory:
             group: GroupBooks(windows[group], n_pages, PagePool(n_pool))
             for group, (n_pages, n_pool) in pages.items()
         }
-        recurrent = {i: x for i, x in enumerate(layers) if isinstance(x, RecurrentLayer)}
         self.recurrent: RecurrentMemory | None = None
-        if recurrent:
+        if recurrent := {i: x for i, x in enumerate(layers) if isinstance(x, RecurrentLayer)}:
             n_kept = plan_states(layers, pages, dtype, kept_states) if prefix_cache else 0
             states = StateBooks(max_sequences=max_sequences, n_ring=n_draft_max + 2, n_kept=n_kept)
             self.recurrent = RecurrentMemory(recurrent, states, device)

@@ -1,6 +1,5 @@
 """`outdraft bench serve`: the engine through HTTP beside the engine alone."""
 
-import asyncio
 import json
 import socket
 import subprocess
@@ -115,7 +114,7 @@ def check(llm: "LLM", port: int, asked: Sequence["Asked"], streams: int) -> bool
     from outdraft.text.stream import IncrementalDetokenizer
 
     _, answers = answer_all(llm, asked, streams)
-    _, _, texts = asyncio.run(ask_all(port, asked, streams, keep=True))
+    _, _, texts = ask_all(port, asked, streams)
     for one, answer, text in zip(asked, answers, texts, strict=True):
         stream = IncrementalDetokenizer(llm.tokenizer, one.prompt)
         own = "".join(map(stream.push, answer.tokens)) + stream.flush()
@@ -141,7 +140,7 @@ def measure(
                         seconds, answers = answer_all(llm, asked, streams)
                         n_tokens = sum(len(a.tokens) for a in answers)
                     else:
-                        seconds, n_tokens, _ = asyncio.run(ask_all(port, asked, streams))
+                        seconds, n_tokens, _ = ask_all(port, asked, streams)
                     runs.append(ServeRun(where, streams, i, n_tokens / seconds))
     return runs
 

@@ -37,6 +37,9 @@ def bench_shape(
     context: Annotated[int, typer.Option(min=1, help="Tokens already in the context.")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded plainly.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every pass is measured.")] = 5,
+    draft_vocab: Annotated[
+        int | None, typer.Option(min=1, help="Time drafts over so many ids as well.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write a report here, and a chart beside it.")
     ] = None,
@@ -61,6 +64,7 @@ def bench_shape(
         context=context,
         n_tokens=tokens,
         rounds=rounds,
+        draft_vocab=draft_vocab,
         device=where,
     )
     report = measure_shape(find_shape(name), settings, acceptance)
@@ -115,6 +119,9 @@ def show(report: dict[str, Any]) -> None:
         f"\nA draft step takes {report['draft_step_us'] / 1e3:.2f} ms, "
         f"{report['draft_step_cost']:.3f} of a plain one."
     )
+    if report["draft_vocab_step_us"]:
+        part_ms = report["draft_vocab_step_us"] / 1e3
+        console.print(f"Over {report['draft_vocab']} ids it takes {part_ms:.2f} ms.")
     if report["time_by_part_us"]:
         console.print(parts_line(report))
     if report["drafting"]:

@@ -6,10 +6,9 @@ itself, run over tensors without data. Not here: how the facts are shown (inspec
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,11 +18,13 @@ from outdraft.bench.synthetic import (
     synthetic_head,
     synthetic_target,
 )
-from outdraft.cache.memory import LayerMemory, kv_layers
+from outdraft.cache.memory import LayerMemory, kv_layers, plan_pages, plan_states
 from outdraft.cache.recurrent import RecurrentLayer
+from outdraft.cli.findings import Checkup
 from outdraft.cli.headers import HeadersOnly, quantisation_of
-from outdraft.config import EngineConfig
-from outdraft.errors import ModelError, OutdraftError
+from outdraft.config import DEFAULT_CTX_SIZE, EngineConfig
+from outdraft.engine.fit import DEFAULT_SEQUENCES
+from outdraft.errors import ModelError, PairingError
 from outdraft.models import gemma4_assistant, gemma4_config
 from outdraft.models.gemma4_config import ASSISTANT_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.heads import has_heads, head_family
@@ -37,16 +38,21 @@ from outdraft.models.registry import (
     open_weights,
 )
 from outdraft.ops.packed import Format
-from outdraft.speculate.build import HEAD_DRAFTS, read_assistant_config
+from outdraft.speculate.build import HEAD_DRAFTS, MODEL_DRAFTS, read_assistant_config
+from outdraft.speculate.draft_model import check_vocabularies
 from outdraft.speculate.mtp import find_head
 from outdraft.text.chat import ChatTemplate
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
-from outdraft.weights.find import find_assistant
+from outdraft.weights.find import find_assistant, resolve_model
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 from outdraft.weights.packed_cache import PackedCache, packing_key
 
+NOT_GEMMA = (
+    "an assistant is for a Gemma 4 target, and this is none",
+    "name a smaller model of the same tokenizer with --assistant",
+)
 KV_BYTES = 2  # keys and values are kept in bf16 unless asked otherwise
 
 # First match wins: part of a tensor's name -> the group that its parameters are counted in.
@@ -62,57 +68,6 @@ PARAMETER_GROUPS = (
     ("router", "router"),
     ("", "projections and the rest"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that keeps the model from running, and what to do about it."""
-
-    where: str
-    message: str
-    hint: str
-
-
-@dataclass(slots=True)
-class Checkup:
-    """Facts about one directory; what could not be found out is None or empty.
-
-    `packed_bytes`: what the kernels' weights take, by `--quant`; `packed_files`: those of them that
-    are in the cache. `kv_bytes_per_token`: by group of layers, of `window` positions at most where
-    there is one. `state_bytes`: of one state of all recurrent layers; a sequence has k + 2 of them
-    with drafts of up to k tokens.
-    """
-
-    path: Path
-    kind: Literal["target", "assistant", "native head"] = "target"
-    model_type: str | None = None
-    shape: dict[str, str | int | float] = field(default_factory=dict)
-    n_tensors: int | None = None
-    n_bytes: int | None = None
-    stored_params: dict[str, int] = field(default_factory=dict)
-    params_by_group: dict[str, int] = field(default_factory=dict)
-    quantisation: str | None = None
-    adapter: str | None = None
-    ignored: list[dict[str, str | int]] = field(default_factory=list)
-    packed_bytes: dict[str, int] = field(default_factory=dict)
-    packed_files: dict[str, str] = field(default_factory=dict)
-    kv_bytes_per_token: dict[str, int] = field(default_factory=dict)
-    windows: dict[str, int] = field(default_factory=dict)
-    state_bytes: int = 0
-    tokenizer: dict[str, object] = field(default_factory=dict)
-    drafter: "Checkup | None" = None
-    drafter_reason: str | None = None
-    n_draft_default: int | None = None
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def n_params(self) -> int:
-        """Parameters that the model uses."""
-        return sum(self.params_by_group.values())
-
-    def note(self, where: str, error: OutdraftError) -> None:
-        """Add a problem."""
-        self.problems.append(Problem(where, error.message, error.hint))
 
 
 def examine(
@@ -161,7 +116,7 @@ def note_packed(
     adapter: str | None = None,
 ) -> None:
     """Count what the kernels' weights take in each format, and look for their files."""
-    is_drafter = found.kind != "target"
+    is_drafter = found.kind in ("assistant", "native head")
     formats: tuple[Format, ...] = ("w8", "bf16") if is_drafter else ("w4", "w8", "bf16")
     for format in formats:
         ops = CountingOps(format)
@@ -233,6 +188,10 @@ def _examine_target(
         return None
     found.shape = family.describe(config)
     _count_memory(found, layers)
+    n_tokens = min(config.max_position_embeddings, DEFAULT_CTX_SIZE)
+    least = DEFAULT_SEQUENCES * n_tokens
+    pages = plan_pages(layers, DEFAULT_SEQUENCES, n_tokens, 1, least, prefix_cache=True)
+    found.kept_states = plan_states(layers, pages, torch.bfloat16)
     _check_tensors(
         found,
         checkpoint,
@@ -334,10 +293,14 @@ def _find_drafter(
     if has_heads(config) and asked is None:
         _examine_head(found, config, cache)
         return
+    if asked is not None and _examine_draft_model(found, asked, cache):
+        return
     if not isinstance(config, Gemma4Config):
         found.drafter_reason = (
             "assistants are made for Gemma 4; give a smaller model by --assistant"
         )
+        if asked is not None:
+            found.note("drafter", PairingError(*NOT_GEMMA))
         return
     try:
         choice = find_assistant(found.path, asked)
@@ -358,6 +321,29 @@ def _find_drafter(
             gemma4_assistant.check_pair(config, assistant)
         except ModelError as error:
             drafter.note("pairing", error)
+
+
+def _examine_draft_model(found: Checkup, asked: str, cache: PackedCache | None) -> bool:
+    """A whole model that was named as the drafter; False if it is something else."""
+    try:
+        path = resolve_model(asked)
+        if read_config(path).get("model_type") not in TARGETS:
+            return False
+    except ModelError:
+        return False
+    found.drafter_reason = "draft-model: named by you"
+    drafter = found.drafter = Checkup(path, "draft model", n_draft_default=MODEL_DRAFTS)
+    raw, checkpoint = _read_config(drafter), _open_weights(drafter)
+    config = _examine_target(drafter, raw, checkpoint)
+    if config is not None and checkpoint is not None:
+        build = partial(synthetic_target, config, n_positions=1, family=family_of(raw, path))
+        note_packed(drafter, raw, checkpoint, build, config.dtype, cache)
+    _read_text(drafter)
+    try:
+        check_vocabularies(Tokenizer.load(found.path), Tokenizer.load(path))
+    except ModelError as error:
+        drafter.note("pairing", error)
+    return True
 
 
 def _examine_head(found: Checkup, config: TargetConfig, cache: PackedCache | None) -> None:

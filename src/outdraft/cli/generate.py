@@ -64,6 +64,8 @@ def generate(
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
+    spec_draft_vocab: options.DraftVocab = None,
+    spec_draft_vocab_text: options.DraftVocabText = None,
     device: options.Card = "auto",
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",

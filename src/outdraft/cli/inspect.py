@@ -11,7 +11,7 @@ from outdraft.cli import options
 from outdraft.cli.console import harmless, results
 
 if TYPE_CHECKING:
-    from outdraft.cli.checkup import Checkup
+    from outdraft.cli.findings import Checkup
 
 CANNOT_RUN = 1
 
@@ -115,6 +115,9 @@ def facts(found: "Checkup") -> list[tuple[str, str]]:
     if found.state_bytes:
         each = f"{size(found.state_bytes)}, k + 2 of them a sequence with drafts of up to k"
         rows.append(("recurrent state", each))
+        kept = f"{found.kept_states} behind pages, {size(found.kept_states * found.state_bytes)}"
+        if found.kept_states:
+            rows.append(("  kept for later prompts", f"at most {kept} (--kept-states)"))
     for group, n_bytes in found.kv_bytes_per_token.items():
         window = f", at most {found.windows[group]} positions" if group in found.windows else ""
         rows.append((f"KV of {group}", f"{size(n_bytes)} a token{window}"))

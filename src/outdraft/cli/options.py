@@ -99,6 +99,12 @@ KvCacheTokens = Annotated[
         help="Positions of keys and values for all requests together; four of the longest.",
     ),
 ]
+DraftVocab = Annotated[
+    int | None, typer.Option(min=1, help="Ids that a native head may draft; all if not given.")
+]
+DraftVocabText = Annotated[
+    str | None, typer.Option(help="A file whose most frequent tokens are among these ids.")
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the tokens that make up this probability.")]
@@ -144,6 +150,8 @@ ENGINE_NAMES = {
     "spec_draft_n_max": "draft_n_max",
     "spec_draft_n": "draft_n",
     "spec_draft_sample": "sample_drafts",
+    "spec_draft_vocab": "draft_vocab",
+    "spec_draft_vocab_text": "draft_vocab_text",
 }
 
 

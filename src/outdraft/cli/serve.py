@@ -1,13 +1,17 @@
 """`outdraft serve`: answer clients of OpenAI's and Anthropic's APIs over HTTP."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outdraft.cli import options
 from outdraft.cli.console import remark
 from outdraft.errors import OutdraftError
+
+if TYPE_CHECKING:
+    from outdraft.server.run import ServerConfig
 
 app = typer.Typer(add_completion=False)
 
@@ -43,6 +47,9 @@ KvTokens = Annotated[
 PrefixCache = Annotated[
     bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for later ones.")
 ]
+KeptStates = Annotated[
+    int | None, typer.Option(min=0, help="States of recurrent layers kept with them, at most.")
+]
 ToolFormat = Annotated[
     str | None, typer.Option(help="How the model calls tools, instead of finding out.")
 ]
@@ -70,12 +77,15 @@ def serve(
     max_sequences: Parallel = 16,
     kv_cache_tokens: KvTokens = None,
     prefix_cache: PrefixCache = True,
+    kept_states: KeptStates = None,
     assistant: options.Assistant = None,
     adapter: options.Adapter = None,
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
     spec_draft_sample: options.DraftSample = True,
+    spec_draft_vocab: options.DraftVocab = None,
+    spec_draft_vocab_text: options.DraftVocabText = None,
     backend: options.Kernels = "auto",
     dtype: options.Compute = "auto",
     quant: options.Bits = "auto",
@@ -89,30 +99,35 @@ def serve(
     verbose: Verbose = True,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own."""
-    from outdraft.server.limits import Limits
-    from outdraft.server.run import ServerConfig
     from outdraft.server.run import serve as run
 
     engine = options.engine_config(ctx.params, max_queue=max_in_flight)
+    run(model, engine, server_config(ctx.params), remark)
+
+
+def server_config(given: Mapping[str, Any]) -> "ServerConfig":
+    """What the server is asked for, from the options by name."""
+    from outdraft.server.limits import Limits
+    from outdraft.server.run import ServerConfig
+
     limits = Limits(
-        body_bytes=max_body_mib << 20,
-        in_flight=max_in_flight,
-        client_share=client_share,
-        send_s=send_seconds,
+        body_bytes=given["max_body_mib"] << 20,
+        in_flight=given["max_in_flight"],
+        client_share=given["client_share"],
+        send_s=given["send_seconds"],
     )
-    config = ServerConfig(
-        host=host,
-        port=port,
-        alias=alias,
-        tool_format=tool_format,
-        keys=read_keys(api_key, api_key_file),
-        allowed_hosts=tuple(allowed_host or ()),
-        allowed_origins=tuple(allowed_origin or ()),
-        drain_s=drain_seconds,
-        verbose=verbose,
+    return ServerConfig(
+        host=given["host"],
+        port=given["port"],
+        alias=given["alias"],
+        tool_format=given["tool_format"],
+        keys=read_keys(given["api_key"] or None, given["api_key_file"]),  # none given: ()
+        allowed_hosts=tuple(given["allowed_host"] or ()),
+        allowed_origins=tuple(given["allowed_origin"] or ()),
+        drain_s=given["drain_seconds"],
+        verbose=given["verbose"],
         limits=limits,
     )
-    run(model, engine, config, remark)
 
 
 def read_keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:

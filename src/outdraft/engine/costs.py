@@ -18,9 +18,10 @@ from outdraft.cache.memory import Memory, Span
 from outdraft.engine.graphs import MAX_RECORDED_ROWS, Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths
 from outdraft.models.registry import Target
+from outdraft.ops.base import PAGE_SLOTS
 from outdraft.ops.record import Recordable
 from outdraft.request import SamplingParams
-from outdraft.speculate.drafter import Drafter, SequenceView, TargetView
+from outdraft.speculate.drafter import Drafter, ReadsStates, SequenceView, TargetView
 from outdraft.speculate.length import LengthController, is_usual
 
 SCRATCH = "cost measurement"
@@ -114,6 +115,7 @@ def _record(
         for depth in range(1, n_draft_max + 1):
             if time.perf_counter() > deadline:
                 return
+            _give_states(bench, view, hidden_H[None])
             bench.drafter.propose(view, depth)
 
 
@@ -161,17 +163,37 @@ def _measure_rounds(
     hidden_H = between().hidden_TH[0].clone()
     for controller, params in _kinds(lengths):
         view = _view(bench, names, params, context, hidden_H)
+
+        def before(view: TargetView = view) -> None:
+            _give_states(bench, view, between().hidden_TH)
+
         for depth in dict.fromkeys((n_draft_max, 1)):
-            draft_s = _measure(partial(bench.drafter.propose, view, depth), deadline, between)
+            draft_s = _measure(partial(bench.drafter.propose, view, depth), deadline, before)
             if draft_s is None:
                 return
             controller.costs.rounds.set(len(names), depth, draft_s)
 
 
+def _give_states(bench: Bench, view: TargetView, hidden_TH: Tensor) -> None:
+    """To a drafter that reads states: as if one token had been decoded since the last round.
+
+    The states are those of a pass and do not belong to the tokens; a round takes as long.
+    """
+    if not isinstance(bench.drafter, ReadsStates):
+        return
+    for i, sequence in enumerate(view.sequences):
+        n_read, row = sequence.n - 1, min(i, hidden_TH.shape[0] - 1)
+        start = n_read // PAGE_SLOTS * PAGE_SLOTS
+        bench.drafter.begin(sequence.id, sequence.tokens, SCRATCH, start)
+        bench.drafter.read(sequence.id, start, hidden_TH[row].expand(n_read - start, -1))
+
+
 def _view(
     bench: Bench, names: list[str], params: SamplingParams, context: int, hidden_H: Tensor
 ) -> TargetView:
-    if not bench.drafter.needs.final_hidden:
+    if isinstance(bench.drafter, ReadsStates) and bench.target.ctx_size > 2 * PAGE_SLOTS:
+        context = PAGE_SLOTS + 1  # one row to read behind a page that is skipped
+    elif not bench.drafter.needs.final_hidden:
         context = min(context, OWN_CONTEXT)
     tokens = [i * STRIDE % bench.target.config.vocab_size for i in range(context + 1)]
     views = [SequenceView(name, tokens, params, 0, hidden_H) for name in names]

@@ -6,11 +6,14 @@ distributions are formed (sampling/), what happens to memory afterwards (runner.
 Shapes: K drafts, R = K + 1 rows with logits, V vocabulary.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from outdraft.engine.plan import Work
 from outdraft.engine.sequence import Sequence
 from outdraft.models.registry import Target
 from outdraft.ops.reference import pad_rows
@@ -42,6 +45,16 @@ def forced_block(sequence: Sequence, n: int) -> Block | None:
     """At most n tokens that the grammar lets follow whatever the model says, if there are any."""
     tokens = [] if sequence.sampler is None else sequence.sampler.forced_tokens()[:n]
     return Block(tokens, forced=True) if tokens else None
+
+
+def goes_on(work: Seq[Work], sequences: Mapping[str, Sequence]) -> bool:
+    """Whether one sequence decodes plainly and greedily and will probably go on to do so."""
+    if len(work) != 1:
+        return False
+    w, sequence = work[0], sequences[work[0].sequence]
+    plain = w.n_rows == 1 and w.n_drafts == 0 and sequence.stats.n_passes > 0
+    greedy = sequence.request.params.greedy and sequence.sampler is None
+    return plain and greedy and len(sequence.tokens) + 1 < sequence.limit
 
 
 def admissible(sequence: Sequence, block: Block) -> Block:

@@ -148,7 +148,8 @@ class LLM:
     def set_draft_auto(self) -> None:
         """Choose draft lengths by measured costs and acceptance, from the next step on.
 
-        Costs are measured at the first call, in about half a second, if nothing is in progress.
+        Costs are measured at the first call, in about half a second, if nothing is in progress, and
+        again if steps since then say that the machine was busy meanwhile.
 
         Raises:
             OutdraftError: there is no drafter.
@@ -156,11 +157,12 @@ class LLM:
         drafter, k = self.pairing.drafter, self.pairing.n_draft_max
         if drafter is None:
             raise OutdraftError("no draft length can be chosen", self.pairing.reason)
+        first = self.lengths is None
         if self.lengths is None:
             self.lengths = AutoLengths(k, sample_drafts=self.config.sample_drafts, drafter=drafter)
-            if not self.scheduler.busy:
-                bench = Bench(self.target, self.runner.target_pass, drafter, self.memory)
-                measure_costs(self.lengths, bench, k, self.config.max_sequences)
+        if not self.scheduler.busy and (first or self.lengths.mismeasured):
+            bench = Bench(self.target, self.runner.target_pass, drafter, self.memory)
+            measure_costs(self.lengths, bench, k, self.config.max_sequences)
         self.scheduler.n_draft_max = k
         self.scheduler.draft_lengths = self.lengths.choose
         self.runner.lengths = self.lengths

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.cache.attend import CausalCall, causal_numbers
+from outdraft.cache.attend import CausalCall, causal_numbers, further_numbers
 from outdraft.cache.memory import Memory, Span
 from outdraft.engine.ahead import Ahead
 from outdraft.models.registry import Target
@@ -21,7 +21,8 @@ from outdraft.ops.base import Fuses
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
 
-MAX_RECORDED_ROWS = 64
+MAX_RECORDED_ROWS = 96
+MAX_RECORDINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Pass:
     """What a pass gave: final hidden states of all rows, and scores of the rows that matter.
 
     `best_R` is int32 and on the CPU, the lowest id of the largest fp32 logits, -1 where that is not
-    finite. The tensors of a recorded pass are overwritten by the next one.
+    finite. The tensors of a recorded pass are overwritten by the next one that is asked for.
     """
 
     hidden_TH: Tensor
@@ -56,7 +57,7 @@ class TargetPass:
         self.ops = target.ops
         self.memory = memory
         self.recorder = target.ops if isinstance(target.ops, Recordable) else None
-        self.recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
         self.ahead = Ahead()
 
     def run(
@@ -66,7 +67,6 @@ class TargetPass:
         wanted: list[int],
         *,
         ahead: bool = False,
-        drafts: Tensor | None = None,
     ) -> Pass:
         """One pass; `memory.reserve` comes first.
 
@@ -81,8 +81,7 @@ class TargetPass:
         """
         numbers = causal_numbers(self.memory, spans, tokens)
         if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
-            return self._replay(self.recorder, numbers, len(tokens), drafts, ahead=ahead)
-        assert drafts is None
+            return self._replay(self.recorder, numbers, len(tokens), ahead=ahead)
         self.ahead.drop()
         call = CausalCall.of(self.memory, self.ops, numbers)
         multiple = self.ops.row_multiple  # padded once here, so that no operation has to
@@ -96,37 +95,36 @@ class TargetPass:
         best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
         return Pass(hidden_TH, logits_RV, best_R.cpu())
 
-    def _replay(
-        self,
-        recorder: Recordable,
-        numbers: Tensor,
-        n_rows: int,
-        drafts: Tensor | None,
-        *,
-        ahead: bool,
-    ) -> Pass:
-        key = n_rows, numbers.shape[0]
-        recorded = self.recordings.get(key)
-        if recorded is None:
-            call = CausalCall.of(self.memory, self.ops, numbers)
-            recorded = self.recordings[key] = self._record(recorder, call)
-            if len(self.recordings) > MAX_RECORDED_ROWS:
-                self.recordings.popitem(last=False)
-        self.recordings.move_to_end(key)
-        if not self.ahead.has(recorded.call, numbers):
+    def _replay(self, recorder: Recordable, numbers: Tensor, n_rows: int, *, ahead: bool) -> Pass:
+        turn = self.ahead.take(numbers)
+        recorded = self._recording(recorder, numbers, n_rows, turn or 0)
+        if turn is None:
             recorded.call.numbers.copy_(numbers)
-            if drafts is not None:
-                recorded.call.token_T[n_rows - drafts.shape[0] :].copy_(drafts)
             recorded.program.replay()
+        further = None
         if ahead and recorder.records_all:
-            done = recorded.hidden_TH, recorded.logits_TV, recorded.best_T
-            return Pass(
-                *self.ahead.launch(self.memory, recorded.call, recorded.program, numbers, done)
-            )
+            further = further_numbers(self.memory, numbers, n_rows)
         best_T = recorded.best_T
-        if not recorder.records_all:
+        if further is not None:
+            turn = 1 - (turn or 0)
+            other = self._recording(recorder, further, n_rows, turn)
+            best_T = self.ahead.launch(other.call, other.program, further, turn, best_T)
+        elif not recorder.records_all:
             best_T = finite_or_none(recorded.logits_TV, best_T)
         return Pass(recorded.hidden_TH, recorded.logits_TV, best_T.cpu())
+
+    def _recording(
+        self, recorder: Recordable, numbers: Tensor, n_rows: int, turn: int
+    ) -> _Recording:
+        """A pass of as many rows, recorded now if it was not before."""
+        key = n_rows, numbers.shape[0], turn
+        if key not in self.recordings:
+            call = CausalCall.of(self.memory, self.ops, numbers)
+            self.recordings[key] = self._record(recorder, call)
+            if len(self.recordings) > MAX_RECORDINGS:
+                self.recordings.popitem(last=False)
+        self.recordings.move_to_end(key)
+        return self.recordings[key]
 
     def _record(self, recorder: Recordable, call: CausalCall) -> _Recording:
         """Over the tensors of this call, which later ones are copied into."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from outdraft.engine.sequence import Sequence
 from outdraft.request import SamplingParams
+from outdraft.speculate.costs import CHANGED
 from outdraft.speculate.drafter import Drafter, ManySources, draws
 from outdraft.speculate.length import FREE, Choice, LengthController
 from outdraft.speculate.trial import Trial, Trials
@@ -66,6 +67,11 @@ class AutoLengths:
         None until steps were timed; the cost of plain ones is modelled.
         """
         return self._plain_s / self._spent_s if self._spent_s else None
+
+    @property
+    def mismeasured(self) -> bool:
+        """Whether steps take so much less than was measured that something was in the way then."""
+        return any(c.costs.speed < 1 / CHANGED for c in (self.likeliest, self.drawn))
 
     def draws(self, params: SamplingParams) -> bool:
         """Whether drafts of such a request are drawn from the drafter's distribution."""

@@ -23,6 +23,7 @@ from outdraft.engine.decide import (
     admissible,
     decide,
     forced_block,
+    goes_on,
     report_prompt,
     reported,
 )
@@ -65,6 +66,7 @@ class Runner:
     def __init__(self, target: Target, drafter: Drafter | None, memory: Memory) -> None:
         self.target = target
         self.drafter = drafter
+        self._reader = drafter if isinstance(drafter, ReadsStates) else None
         self.memory = memory
         self.target_pass = TargetPass(target, memory)
         self.lengths: AutoLengths | None = None
@@ -198,15 +200,15 @@ class Runner:
             try:
                 n_kept = self._finish(sequence, w, own, proposal, events)
                 newest[sequence.id] = own.start + n_kept - 1
-                if isinstance(self.drafter, ReadsStates):
+                if self._reader is not None:
                     first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[own.start :]
-                    self._drafter_call(self.drafter.read, sequence.id, first, rows_TH[:n_kept])
+                    self._drafter_call(self._reader.read, sequence.id, first, rows_TH[:n_kept])
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
         if self.drafter is not None and self.drafter.needs.final_hidden and newest:
-            kept_BH = done.hidden_TH[list(newest.values())]
-            self.hidden.update(zip(newest, kept_BH.unbind(), strict=True))
+            for sequence_id, row in newest.items():  # an index of all would wait for the device
+                self.hidden[sequence_id] = done.hidden_TH[row].clone()
         return events
 
     def _finish(
@@ -351,18 +353,8 @@ class Runner:
             if w.n_rows == sequence.n_pending:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
-        return self.target_pass.run(tokens, spans, wanted, ahead=self._goes_on(work, sequences))
-
-    def _goes_on(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> bool:
-        """Whether one sequence decodes plainly and greedily and will probably go on to do so."""
-        if len(work) != 1 or self.logits_log is not None or isinstance(self.drafter, ReadsStates):
-            return False
-        w, sequence = work[0], sequences[work[0].sequence]
-        params = sequence.request.params
-        plain = w.n_rows == 1 and w.n_drafts == 0 and sequence.stats.n_passes > 0
-        asked = params.logprobs is not None or params.prompt_logprobs is not None
-        greedy = params.greedy and sequence.sampler is None and not asked
-        return plain and greedy and len(sequence.tokens) + 1 < sequence.limit
+        ahead = not isinstance(self.drafter, ReadsStates) and goes_on(work, sequences)
+        return self.target_pass.run(tokens, spans, wanted, ahead=ahead)
 
     def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from outdraft.cache.books import GroupBooks
+from outdraft.cache.states import StateBooks
 from outdraft.engine.plan import StepPlan
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence
@@ -78,6 +79,22 @@ class PageCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class StateCounts:
+    """States of recurrent layers. `kept` are in the prefix cache, of at most `kept_max`."""
+
+    total: int
+    free: int
+    kept: int
+    kept_max: int
+
+    @classmethod
+    def of(cls, books: StateBooks) -> "StateCounts":
+        """As they are now."""
+        pool = books.pool
+        return cls(pool.n_pages, pool.n_free, sum(pool.cached), books.n_kept)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of an engine.
 
@@ -100,6 +117,7 @@ class EngineStats:
         speed_up: decoding with the drafts of late over the plain decoding that was measured for
             the same batches, in tokens per second; None while that is not known.
         faults: what went wrong and was contained.
+        states: of recurrent layers; None where the model has none.
     """
 
     n_running: int
@@ -119,6 +137,7 @@ class EngineStats:
     why_not_drafting: str | None
     speed_up: float | None
     faults: Faults
+    states: StateCounts | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -149,7 +168,7 @@ def snapshot(
         why = "drafting is off: the draft length is set to 0"
     elif chosen and counters.draft_length == 0 and counters.drafts.n_passes:
         why = "drafting does not pay now: plain decoding is measured to be faster"
-    stats = counters.drafts
+    stats, states = counters.drafts, scheduler.books.states
     return EngineStats(
         n_running=len(scheduler.running),
         n_waiting=len(scheduler.waiting),
@@ -168,6 +187,7 @@ def snapshot(
         why_not_drafting=why,
         speed_up=speed_up,
         faults=replace(faults),
+        states=None if states is None else StateCounts.of(states),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import ModelError
-from outdraft.ops.base import Activation, DeltaNet, Fuses, Heads, Ops, StateSpace, Weight
+from outdraft.ops.base import Activation, Fuses, Heads, Ops, Weight
+from outdraft.ops.recurrent_base import DeltaNet, StateSpace
 
 
 class Attend(Protocol):

@@ -21,7 +21,8 @@ from outdraft.cache.memory import KVLayer, LayerMemory
 from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.models.layers import Attend, Scans, at_least_fp32
 from outdraft.models.nemotron_h_config import LayerKind, NemotronHConfig
-from outdraft.ops.base import Heads, Ops, Rotary, SigmoidRouter, StateSpace, Weight
+from outdraft.ops.base import Heads, Ops, Rotary, SigmoidRouter, Weight
+from outdraft.ops.recurrent_base import StateSpace
 from outdraft.ops.stored import StoredWeight, blocks, part, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 

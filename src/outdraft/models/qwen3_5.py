@@ -20,7 +20,8 @@ from outdraft.cache.memory import KVLayer, LayerMemory
 from outdraft.cache.recurrent import RecurrentLayer
 from outdraft.models.layers import Attend, Recurs, at_least_fp32, gated_linear, rotary_table
 from outdraft.models.qwen3_5_config import Qwen35Config
-from outdraft.ops.base import DeltaGates, DeltaNet, Heads, Ops, Rotary
+from outdraft.ops.base import Heads, Ops, Rotary
+from outdraft.ops.recurrent_base import DeltaGates, DeltaNet
 from outdraft.ops.stored import StoredWeight, reorder, stack
 from outdraft.weights.load import ExpectedTensor, IgnoreRule
 

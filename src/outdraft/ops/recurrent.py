@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.base import DeltaGates, StateRows
 from outdraft.ops.calls import Calls, check
 from outdraft.ops.packed import matrix
+from outdraft.ops.recurrent_base import DeltaGates, StateRows
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outdraft.ops.base import DeltaGates, SigmoidRouter, StateRows, StateSpace
+from outdraft.ops.base import SigmoidRouter
+from outdraft.ops.recurrent_base import DeltaGates, StateRows, StateSpace
 
 
 def short_conv(

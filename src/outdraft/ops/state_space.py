@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from outdraft import _core
-from outdraft.ops.base import SigmoidRouter, StateRows, StateSpace
+from outdraft.ops.base import SigmoidRouter
 from outdraft.ops.packed import matrix
 from outdraft.ops.recurrent import Recurrent, addresses, floats
+from outdraft.ops.recurrent_base import StateRows, StateSpace
 
 
 @dataclass(slots=True, kw_only=True)

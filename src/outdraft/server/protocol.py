@@ -1,6 +1,7 @@
 """Limits on connections, below ASGI: size of the headers, time to send them, how many at once.
 
-uvicorn's httptools protocol with three counters. Not here: limits of bodies (guard.py).
+uvicorn's httptools protocol with three counters, and its writes gathered. Not here: limits of
+bodies (guard.py).
 """
 
 import asyncio
@@ -21,6 +22,48 @@ _ANSWERS = {
 _CLOSE = b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
+HELD_BYTES = 1 << 16
+
+
+class Gathered:
+    """A transport whose writes of one turn of the event loop go out as one.
+
+    The end of an answer is several writes, and each would wake its reader. Never more than
+    HELD_BYTES are held, so that a transport that is full says so in time.
+    """
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+        self._n_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """See asyncio.WriteTransport."""
+        if not self._held:
+            self._loop.call_soon(self.flush)
+        self._held.append(data)
+        self._n_bytes += len(data)
+        if self._n_bytes > HELD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            data = b"".join(self._held)
+            self._held, self._n_bytes = [], 0
+            if not self._transport.is_closing():
+                self._transport.write(data)
+
+    def close(self) -> None:
+        """See asyncio.Transport: what was written before goes out."""
+        self.flush()
+        self._transport.close()
+
+
 def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """The protocol class for these limits; uvicorn makes one object a connection."""
 
@@ -29,7 +72,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
         deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            super().connection_made(Gathered(transport, self.loop))  # type: ignore[arg-type]
             if len(self.connections) > limits.connections:
                 self.refuse(503)
             else:

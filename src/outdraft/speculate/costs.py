@@ -130,7 +130,7 @@ class StepModel:
         self.rounds = DraftCosts()
         self._draft_s: dict[tuple[int, int], float] = {}
         self._n_rounds = 0
-        self._draft_factors = ByBatch(1.0)
+        self._round_extra_s = ByBatch(0.0)
         self._rests = ByBatch(0.0)
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
         self._speed = 1.0
@@ -159,7 +159,8 @@ class StepModel:
         """Of a draft round."""
         found = self._draft_s.get((n_drafting, depth))
         if found is None:
-            found = self.rounds.at(n_drafting, depth) * self._draft_factors.at(n_drafting)
+            first_s = self.rounds.at(n_drafting, depth)
+            found = max(0.0, first_s + self._round_extra_s.at(n_drafting)) if first_s else 0.0
             self._draft_s[n_drafting, depth] = found
         return found
 
@@ -206,7 +207,7 @@ class StepModel:
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
             self._n_seen = [0.0] * len(self._n_seen)
-            self._draft_factors.doubt()
+            self._round_extra_s.doubt()
         self._learn(n_rows, seconds / speed / self.pass_s(n_rows))
 
     def _learn(self, n_rows: int, ratio: float) -> None:
@@ -218,15 +219,31 @@ class StepModel:
         self._pass_s.clear()
 
     def measured(self, passes: Mapping[int, float]) -> None:
-        """Seconds of passes by rows, all measured at one time; what others cost is between them."""
+        """Seconds of passes by rows, all measured at one time; what others cost is between them.
+
+        What was learned beside earlier measurements is forgotten.
+        """
+        if len(passes) > 1:
+            self._forget()
         for n_rows, seconds in passes.items():
             self.passes.set(n_rows, seconds)
         self.passes.straighten()
         self._measured = len(passes) > 1
         self._pass_s.clear()
 
+    def _forget(self) -> None:
+        self._speed, self._factors, self._n_seen = 1.0, [], []
+        self._steps.clear()
+        self._draft_s.clear()
+        self._round_extra_s, self._rests = ByBatch(0.0), ByBatch(0.0)
+
     def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
-        """A draft round took so long."""
+        """A draft round took so long.
+
+        What it takes beyond what was measured first is mostly the engine's own work around it, and
+        hardly more for many sequences than for one. So it is added, not multiplied: one sequence
+        that drafts in a batch to try it out must not make drafting look dear for all of them.
+        """
         own_s = seconds / self._speed
         first_s = self.rounds.at(n_drafting, depth)
         self._n_rounds += 1
@@ -235,12 +252,14 @@ class StepModel:
         if first_s == 0.0:
             self.rounds.set(n_drafting, depth, own_s)
         else:
-            self._draft_factors.observe(n_drafting, own_s / first_s)
+            own_s = min(own_s, OUTLIER * max(first_s, self.draft_s(n_drafting, depth)))
+            self._round_extra_s.observe(n_drafting, own_s - first_s)
         self._draft_s.clear()
 
     def observe_rest(self, n_sequences: int, seconds: float) -> None:
         """What followed a pass took so long."""
-        self._rests.observe(n_sequences, seconds / self._speed)
+        usual, own_s = self._rests.at(n_sequences), seconds / self._speed
+        self._rests.observe(n_sequences, min(own_s, OUTLIER * usual) if usual else own_s)
 
 
 class ByBatch:
@@ -260,12 +279,12 @@ class ByBatch:
         return self.unknown if nearest is None else self._mean[nearest]
 
     def observe(self, n_sequences: int, value: float) -> None:
-        """One more value; an outlier counts as `OUTLIER` times the mean."""
+        """One more value."""
         size = n_sequences.bit_length()
         n_seen = self._n_seen[size] = self._n_seen.get(size, 0) + 1
         usual = self._mean.get(size)
         share = max(LEARN, 1 / (n_seen + 1))
-        self._mean[size] = value if usual is None else _towards(usual, value, share)
+        self._mean[size] = value if usual is None else usual + share * (value - usual)
 
     def doubt(self) -> None:
         """Believe the next values more than the mean."""

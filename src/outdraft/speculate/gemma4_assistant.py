@@ -42,8 +42,9 @@ class _Call:
 class _Recording:
     """A recorded round, or one step of it, for a number of sequences.
 
-    `best` has the argmax of every step and `sure` what softmax gives it. `logits_BV` are the scores
-    of `ONE_STEP`; rounds keep none.
+    `best` has the argmax of every step and `sure` what softmax gives it; `both_KB` has the one and
+    the bits of the other where PyTorch's operations are recorded too. `logits_BV` are the scores of
+    `ONE_STEP`; rounds keep none.
     """
 
     call: _Call
@@ -52,6 +53,7 @@ class _Recording:
     logits_BV: Tensor | None
     best: list[Tensor]
     sure: list[Tensor]
+    both_KB: Tensor | None
 
 
 class Gemma4AssistantDrafter:
@@ -115,8 +117,12 @@ class Gemma4AssistantDrafter:
         own = self._recording(ops, view, numbers, hidden_BH, k)
         own.program.replay()
         n = len(view.sequences)
-        tokens_BK = torch.stack(own.best, dim=1).long().cpu()
-        sure_BK = torch.stack(own.sure, dim=1).cpu()
+        if own.both_KB is None:
+            tokens_BK = torch.stack(own.best, dim=1).long().cpu()
+            sure_BK = torch.stack(own.sure, dim=1).cpu()
+        else:
+            both_KB = own.both_KB.cpu()  # one copy, and one wait for it
+            tokens_BK, sure_BK = both_KB[:k].T.long(), both_KB[k:].view(torch.float32).T
         return Draft(tokens_BK, [None] * n, [k] * n, confidence_BK=sure_BK)
 
     def _recorded_step(
@@ -157,7 +163,7 @@ class Gemma4AssistantDrafter:
         """
         assert isinstance(view.ops, Recordable)
 
-        def steps() -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        def steps() -> tuple[Tensor | None, list[Tensor], list[Tensor], Tensor | None]:
             token_B, carried_BH, logits_BV = call.token_B, hidden_BH, None
             best: list[Tensor] = []
             sure: list[Tensor] = []
@@ -175,7 +181,10 @@ class Gemma4AssistantDrafter:
                     carried_BH = self.model.carry(normed_Bh)
             if k == ONE_STEP:
                 ops.copy_rows(carried_BH, hidden_BH)
-            return logits_BV, best, sure
+            both_KB = None
+            if ops.records_all and k != ONE_STEP:
+                both_KB = torch.stack([*best, *(sure_B.view(torch.int32) for sure_B in sure)])
+            return logits_BV, best, sure, both_KB
 
         program, made = record(steps, ops, view.ops)
         return _Recording(call, hidden_BH, program, *made)

@@ -30,7 +30,16 @@ from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.models.registry import Target, choose_ops, open_weights, packing
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.speculate.chain import draft_chain
-from outdraft.speculate.drafter import Draft, SequenceView, Taps, TargetView, no_drafts, with_own
+from outdraft.speculate.draft_vocab import DraftVocab, load_draft_vocab
+from outdraft.speculate.drafter import (
+    Draft,
+    SequenceView,
+    Taps,
+    TargetView,
+    draws,
+    no_drafts,
+    with_own,
+)
 from outdraft.weights.checkpoint import Checkpoint
 from outdraft.weights.config import read_config
 from outdraft.weights.loading import Loading
@@ -85,10 +94,17 @@ class MtpDrafter:
     name = "mtp"
 
     def __init__(
-        self, head: NativeHead, target: TargetModel, memory: Memory, *, sample_drafts: bool = True
+        self,
+        head: NativeHead,
+        target: TargetModel,
+        memory: Memory,
+        *,
+        sample_drafts: bool = True,
+        vocab: DraftVocab | None = None,
     ) -> None:
-        """`target` scores the head's results; `memory` is the head's."""
+        """`target` scores the head's results, or `vocab`, a part of it; `memory` is the head's."""
         self.head, self.target, self.memory = head, target, memory
+        self.vocab = vocab
         self.sample_drafts = sample_drafts
         self.recorder = head.ops if isinstance(head.ops, Recordable) else None
         self.needs = Taps()
@@ -153,8 +169,9 @@ class MtpDrafter:
                 spans = [Span(s.id, b, 1) for b, s in enumerate(ready)]
                 carried_BK = self._run(newest_B, carried_BK, spans, view)
             fresh = False
-            return self._score(carried_BK)
+            return self._of_all(self._score(carried_BK), drawn=drawn)
 
+        drawn = self.sample_drafts and any(draws(s.params) for s in ready)
         return draft_chain(ready, k, step, sample_drafts=self.sample_drafts)
 
     def _catch_up(self, sequences: list[SequenceView], view: TargetView) -> Tensor:
@@ -227,11 +244,30 @@ class MtpDrafter:
         own.program.replay()
         return own.done_TK.clone()
 
+    def forget_recordings(self) -> None:
+        """Of scores, which are of the vocabulary that they were recorded with."""
+        self._scores.clear()
+
+    def _of_all(
+        self, scores: tuple[Tensor, Tensor, Tensor], *, drawn: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_score` gave, by ids of the whole vocabulary; scores only where they are read."""
+        if self.vocab is None:
+            return scores
+        logits_BN, best_B, sure_B = scores
+        best_B = self.vocab.ids_N[best_B.long()].int()
+        return self.vocab.whole(logits_BN) if drawn else logits_BN, best_B, sure_B
+
+    def _logits(self, done_BK: Tensor) -> Tensor:
+        if self.vocab is not None:
+            return self.vocab.logits(done_BK)
+        return self.target.logits(done_BK)
+
     def _score(self, done_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The target's scores of the head's results, their argmax, and what softmax gives it."""
         ops, target_ops = self.head.ops, self.target.ops
         if not (isinstance(ops, Recordable) and isinstance(target_ops, Recordable)):
-            logits_BV = self.target.logits(done_BK)
+            logits_BV = self._logits(done_BK)
             return logits_BV, *ops.best(logits_BV)
         n = done_BK.shape[0]
         own = self._scores.get(n)
@@ -239,7 +275,7 @@ class MtpDrafter:
             kept_BK = done_BK.clone()
 
             def scores() -> tuple[Tensor, Tensor, Tensor]:
-                logits_BV = self.target.logits(kept_BK)
+                logits_BV = self._logits(kept_BK)
                 return logits_BV, *ops.best(logits_BV)
 
             program, made = record(scores, ops, target_ops)
@@ -335,4 +371,10 @@ def load_head(
         pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
         prefix_cache=config.prefix_cache,
     )
-    return MtpDrafter(head, target.model, memory, sample_drafts=config.sample_drafts)
+    return MtpDrafter(
+        head,
+        target.model,
+        memory,
+        sample_drafts=config.sample_drafts,
+        vocab=load_draft_vocab(target, config),
+    )

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outdraft.models.qwen3_5_config import DeltaShape
-from outdraft.ops.base import DeltaNet, Heads
+from outdraft.ops.base import Heads
 from outdraft.ops.batched import BatchedOps
+from outdraft.ops.recurrent_base import DeltaNet
 from outdraft.train.attention import split_sequences
 from outdraft.train.delta import causal_conv, chunked_delta_rule
 from outdraft.weights.load import ExpectedTensor

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from outdraft.models.gemma4_assistant import expected_tensors
-from outdraft.models.gemma4_config import KINDS, AssistantConfig, Gemma4Config
+from outdraft.models.gemma4_config import (
+    KINDS,
+    AssistantConfig,
+    AttentionShape,
+    Gemma4Config,
+    LayerKind,
+)
 
 SLIDING, FULL = KINDS
 LAYERS = 4
@@ -92,10 +98,24 @@ def propose_assistant(raw: Mapping[str, Any]) -> Proposal:
         }
         | {name: text[name] for name in _TOKENS if text.get(name) is not None},
     }
+    return Proposal(config, _reasons(config, target, heads, groups))
+
+
+def _reasons(
+    config: dict[str, Any],
+    target: Gemma4Config,
+    heads: Mapping[LayerKind, AttentionShape],
+    groups: int,
+) -> tuple[str, ...]:
+    """Why these sizes, and what they come to."""
+    text = config["text_config"]
+    hidden, n_heads, layers = (
+        text[name] for name in ("hidden_size", "num_attention_heads", "layer_types")
+    )
     shape = AssistantConfig.from_hf(config)
     n_params = sum(math.prod(one.shape) for one in expected_tensors(shape).values())
     names = ", ".join(kind.removesuffix("_attention") for kind in layers)
-    reasons = (
+    return (
         f"hidden size {hidden}: a quarter of the target's {target.hidden_size}, in steps of "
         f"{HIDDEN_MULTIPLE}, {MIN_HIDDEN} to {MAX_HIDDEN}",
         f"{LAYERS} layers ({names}): each reads the last layer of its kind that keeps keys",
@@ -104,7 +124,6 @@ def propose_assistant(raw: Mapping[str, Any]) -> Proposal:
         f"{n_params / 1e6:.1f} million parameters, {target.vocab_size * hidden / 1e6:.1f} of them "
         "the head over the whole vocabulary",
     )
-    return Proposal(config, reasons)
 
 
 def _ropes(target: Gemma4Config) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class FusedOps:
         activation: Activation = "gelu_tanh",
     ) -> Tensor:
         """See `Fuses`; bf16, which linears read."""
+        assert activation in ("gelu_tanh", "silu")
         n = weight.n // 2 if up_TN is None else weight.n
         out = self._empty(x_TK.shape[0], n, dtype=torch.bfloat16)
         cut = cut_of(weight.n, weight.k, weight.bits)

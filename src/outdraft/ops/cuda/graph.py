@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-SEGMENTS = (10, 60)
+SEGMENTS = (10, 30, 60, 100, 140)
 """Products after which a new graph begins. Launching takes time by the number of kernels, and the
 device begins when a launch is done: while it works on a short first graph the next is launched."""
 

@@ -36,15 +36,6 @@ def release(PDL: tl.constexpr):
 
 
 @triton.jit
-def ask(at):
-    """Start reading the 128 bytes at each place into the level-2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def activate(g, SILU: tl.constexpr):
     """gelu_tanh or silu."""
     if SILU:
@@ -108,12 +99,12 @@ def weight_tile(w, cols, k, N, K, EVEN: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def linear_kernel(x, w, other, parts, out, tickets, n_rows, n_tiles, N, K, x_stride, o_stride,
                   SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-                  GATE: tl.constexpr, SILU: tl.constexpr, AHEAD: tl.constexpr,
-                  TILES: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+                  GATE: tl.constexpr, SILU: tl.constexpr, TILES: tl.constexpr,
+                  PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """One [16, BN] tile of one part of K of a bf16 weight; EVEN: tiles cover N and K exactly.
 
     With GATE 1 the second half of the N outputs is gated by the first, with GATE 2 `other` is by
-    all of them: so is `out`. AHEAD inputs of each output are asked for before the wait.
+    all of them: so is `out`.
     TILES is n_tiles for Triton's interpreter, which has no loops of a run-time length, else 0.
     """
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -121,11 +112,6 @@ def linear_kernel(x, w, other, parts, out, tickets, n_rows, n_tiles, N, K, x_str
     n_out = N // 2 if GATE == 1 else N
     first = tl.program_id(2) * n_tiles * BK
     ks = tl.arange(0, BK)
-    if AHEAD > 0:
-        line = w + cols[:, None].to(tl.int64) * K + first + tl.arange(0, AHEAD // 64)[None, :] * 64
-        ask(line)
-        if GATE == 1:
-            ask(line + n_out.to(tl.int64) * K)
     wait(PDL)
     acc = tl.zeros((16, BN), tl.float32)
     up = acc

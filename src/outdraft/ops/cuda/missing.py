@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from outdraft.ops.base import DeltaGates, SigmoidRouter, StateRows, StateSpace
+from outdraft.ops.base import SigmoidRouter
+from outdraft.ops.recurrent_base import DeltaGates, StateRows, StateSpace
 
 
 class NoRecurrence:

@@ -241,6 +241,7 @@ class CudaOps(NoRecurrence, NoStateSpace, FusedOps):
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`; bf16, which linears read."""
+        assert activation in ("gelu_tanh", "silu"), "models that need others are refused before"
         t, k = gate_TK.shape
         out = self._empty(t, k, dtype=torch.bfloat16)
         kernels.gated_kernel[(t, triton.cdiv(k, BLOCK))](

@@ -40,8 +40,7 @@ def launch(
 
     Args:
         tickets_of: int32 zeros by their number, which a split of K counts in and leaves zero.
-        dot: type of a product's inputs.
-        options: what every kernel is told.
+        dot: type of a product's inputs; options: what every kernel is told.
     """
     on_card = x_TK.device.type != "cpu"
     t, n, k = x_TK.shape[0], weight.n, weight.k
@@ -74,23 +73,16 @@ def launch(
               "SILU": gate is not None and gate.silu,
               "TILES": 0 if on_card else n_tiles, **options}  # fmt: skip
     if weight.bits == 16:
-        even = n_out % tile_n == 0 and n_tiles * cut.split * tile_k == k
-        ahead = min(cut.ahead, below(n_tiles * tile_k)) if even and on_card else 0
+        even = not n_out % tile_n and n_tiles * cut.split * tile_k == k
         linears.linear_kernel[grid](
             x_TK, weight.data, other, parts, out, tickets, t, n_tiles, n, k, x_TK.stride(0),
-            other.stride(0), BK=tile_k, EVEN=even, AHEAD=ahead, num_stages=cut.stages, **shared,
+            other.stride(0), BK=tile_k, EVEN=even, num_stages=cut.stages, **shared,
         )  # fmt: skip
         return
     assert weight.scales is not None
-    ahead = min(cut.ahead // 128, below(n_tiles)) if on_card else 0
     quantised.packed_kernel[grid](
         x_TK, weight.data, weight.scales, other, parts, out, tickets, t, n_tiles, n, k,
         weight.k_tiles, weight.scales.stride(0), x_TK.stride(0), other.stride(0),
-        BITS=weight.bits, R=FEW_ROWS if few else 16, STAGES=cut.stages, AHEAD=ahead,
+        BITS=weight.bits, R=FEW_ROWS if few else 16, STAGES=cut.stages,
         ASM=on_card, **shared,
     )  # fmt: skip
-
-
-def below(n: int) -> int:
-    """The largest power of two up to n."""
-    return 1 << n.bit_length() - 1

@@ -11,7 +11,7 @@ scales multiply the sums of their 32 inputs. Not here: packing (weights.py).
 import triton
 import triton.language as tl
 
-from outdraft.ops.cuda.linears import ask, finish, release, wait
+from outdraft.ops.cuda.linears import finish, release, wait
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def four_bits(acc, base, s, block, x0, x1, x2, x3, j, less, s_stride, ASM: tl.co
 def packed_kernel(x, w, scales, other, parts, out, tickets, n_rows, n_tiles, N, K, n_blocks,
                   s_stride, x_stride, o_stride, BITS: tl.constexpr, SPLIT: tl.constexpr,
                   BN: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr,
-                  STAGES: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
+                  STAGES: tl.constexpr, TILES: tl.constexpr,
                   ASM: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """One [BN, R] tile of outputs and rows of one part of K, 128 inputs at a time.
 
@@ -128,14 +128,6 @@ def packed_kernel(x, w, scales, other, parts, out, tickets, n_rows, n_tiles, N, 
     base = place(w, cols, N, n_blocks, W)
     base_up = place(w, cols + n_out, N, n_blocks, W) if GATE == 1 else base
     less = tl.full((BN, W), -136.0, DOT)
-    if AHEAD > 0:
-        # Tiles of 64 outputs follow one another along K: each output asks for a piece of them.
-        LINES: tl.constexpr = AHEAD * W // 64
-        line = (cols % 64)[:, None] * LINES + tl.arange(0, LINES)[None, :]
-        line = first.to(tl.int64) * (64 * W) + line * 64 - (cols % 64 * W)[:, None]
-        ask(base[:, None] + line)
-        if GATE == 1:
-            ask(base_up[:, None] + line)
     wait(PDL)
     acc = tl.zeros((BN, R), tl.float32)
     up = acc
