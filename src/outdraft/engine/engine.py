@@ -20,6 +20,7 @@ from outdraft.engine.runner import Runner
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.engine.stats import EngineStats, snapshot
+from outdraft.engine.whole import measure_steps, works_beside
 from outdraft.errors import OutdraftError, PromptError, SamplingError
 from outdraft.models.registry import load_target
 from outdraft.ops.reference import ReferenceOps
@@ -163,6 +164,8 @@ class LLM:
         if not self.scheduler.busy and (first or self.lengths.mismeasured):
             bench = Bench(self.target, self.runner.target_pass, drafter, self.memory)
             measure_costs(self.lengths, bench, k, self.config.max_sequences)
+            if works_beside(self.target.ops):
+                measure_steps(self, self.lengths)
         self.scheduler.n_draft_max = k
         self.scheduler.draft_lengths = self.lengths.choose
         self.runner.lengths = self.lengths

@@ -8,8 +8,9 @@ drafts are not drawn, do not depend on lengths; text with drawn drafts does, tho
 does not. So requests with a seed get drafts that are not drawn (`draws`), and stay repeatable.
 """
 
+import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outdraft.engine.sequence import Sequence
 from outdraft.request import SamplingParams
@@ -41,6 +42,7 @@ class StepCosts:
 SPEED_UP_DECAY = 0.995
 SETTLED = 256  # steps after which
 EVERY = 4  # only each fourth is learned from
+PAUSED = 2.0  # whoever steps the engine did something else if a step took so many times its parts
 
 
 class AutoLengths:
@@ -59,6 +61,9 @@ class AutoLengths:
         self._n_steps = 0
         self._seen: set[tuple[bool, int, int, int]] = set()
         self._spent_s = self._plain_s = 0.0
+        self.whole_steps = False
+        """Whether a step of one sequence is timed from end to end: parts say little (whole.py)."""
+        self._ended: tuple[str, float] = ("", 0.0)
 
     @property
     def speed_up(self) -> float | None:
@@ -107,6 +112,11 @@ class AutoLengths:
         behind the first rejection, which no later length may depend on.
         """
         controller = self._of(sequences)
+        whole = self.whole_steps and controller is self.likeliest and len(sequences) == 1
+        if whole:
+            step = self._whole(sequences[0].id, step)
+        else:
+            self._ended = "", 0.0
         for sequence_id, (n_drafted, n_accepted) in step.blocks.items():
             choice = self._chosen.get(sequence_id)
             if choice is not None and choice.source:
@@ -139,9 +149,19 @@ class AutoLengths:
                 depth,
                 step.pass_s,
                 step.draft_s,
-                None if drawn else step.rest_s,
+                None if drawn or whole else step.rest_s,
             )
             self._compare(step, target_s, controller)
+
+    def _whole(self, sequence_id: str, step: StepCosts) -> StepCosts:
+        """The step from the end of the one before to now; all but its round is its pass."""
+        last_id, last = self._ended
+        now = time.perf_counter()
+        self._ended = sequence_id, now
+        own_s, whole_s = step.draft_s + step.pass_s + step.rest_s, now - last
+        if last_id != sequence_id or whole_s > PAUSED * own_s:
+            return replace(step, clean=False)
+        return replace(step, pass_s=whole_s - step.draft_s, rest_s=0.0)
 
     def _compare(self, step: StepCosts, target_s: float, controller: LengthController) -> None:
         n = step.n_sequences

@@ -232,6 +232,15 @@ class StepModel:
         self._measured = len(passes) > 1
         self._pass_s.clear()
 
+    def whole_step(self, n_drafts: int, draft_s: float, other_s: float) -> None:
+        """A step of one sequence takes so long, its draft round apart; nothing follows its pass."""
+        self.passes.set(1 + n_drafts, other_s)
+        if n_drafts:
+            self.rounds.set(1, n_drafts, draft_s)
+        self._rests.observe(1, 0.0)
+        self._pass_s.clear()
+        self._draft_s.clear()
+
     def _forget(self) -> None:
         self._speed, self._factors, self._n_seen = 1.0, [], []
         self._steps.clear()
