@@ -8,9 +8,11 @@ from outdraft.config import EngineConfig
 from outdraft.engine import lengths as lengths_module
 from outdraft.engine.engine import LLM
 from outdraft.engine.lengths import AutoLengths, StepCosts
+from outdraft.engine.sequence import Sequence
 from outdraft.engine.whole import measure_steps, works_beside
 from outdraft.request import SamplingParams
 from outdraft.speculate.costs import StepModel
+from outdraft.speculate.length import Choice
 
 PROMPT = "def mean(values):\n"
 
@@ -25,13 +27,12 @@ def test_measured_steps_are_the_controllers_costs_and_nothing_else_changes(llm: 
     assert not works_beside(llm.target.ops)
     counters, stats = llm.runner.counters, llm.scheduler.stats
     lengths = AutoLengths(3, sample_drafts=True)
-    assert measure_steps(llm, lengths) == 4
+    assert measure_steps(llm, lengths) == 8
     assert lengths.whole_steps
-    costs = lengths.likeliest.costs
-    assert {1, 2, 3, 4} <= set(costs.passes.sizes)
-    assert set(costs.rounds.by_batch[1]) == {1, 2, 3}
-    assert 0 < costs.at(1, 1) < costs.at(1, 4, 1, 3)
-    assert not lengths.drawn.costs.known
+    for costs in (lengths.likeliest.costs, lengths.drawn.costs):
+        assert costs.passes.sizes == [1, 2, 3, 4]
+        assert set(costs.rounds.by_batch[1]) == {1, 2, 3}
+        assert 0 < costs.at(1, 1) < costs.at(1, 4, 1, 3)
     assert llm.runner.counters is counters and llm.scheduler.stats is stats
     assert counters.drafts.n_passes == 0 and stats.n_admitted == 0
     assert not llm.scheduler.busy
@@ -93,3 +94,48 @@ def test_the_time_between_steps_counts_and_a_pause_does_not(
         lengths.observe(sequences, StepCosts(n, n, 0.0, 0.7, 0.2, {}))
     assert seen == [(1.0, None), (1.5, None), (0.5, None)]
     monkeypatch.setattr(lengths_module.time, "perf_counter", time.perf_counter)
+
+
+def test_of_plain_steps_in_a_row_one_in_eight_is_looked_at() -> None:
+    lengths = AutoLengths(3, sample_drafts=True)
+    lengths.likeliest.costs.measured({1: 1e-3, 2: 1e-2, 4: 2e-2})
+    lengths.whole_steps = True
+    llm = LLM("demo", EngineConfig(draft_n=0, ctx_size=512, max_sequences=2))
+    one, other = llm.prepare(PROMPT), llm.prepare(PROMPT)
+
+    def step(*sequences: Sequence) -> bool:
+        assert lengths.choose(list(sequences)) == [0] * len(sequences)
+        looked = lengths.looks(len(sequences))
+        if looked:
+            n = len(sequences)
+            lengths.observe(sequences, StepCosts(n, n, 0.0, 1e-4, 1e-4, {}))
+        return looked
+
+    assert [step(one) for _ in range(17)] == ([True] + 7 * [False]) * 2 + [True]
+    assert step(other) and not step(other)
+    assert step(one, other) and step(one)  # a batch ends the row
+    assert not step(one)
+    lengths.likeliest.costs.measured({1: 1e-3, 2: 1e-3, 4: 1e-3})
+    assert [1] in [lengths.choose([one]) for _ in range(16)]  # drafts are tried
+    assert lengths.looks(1)
+    lengths.likeliest.costs.measured({1: 0.1, 2: 1.0, 4: 2.0})  # long steps: each is looked at
+    assert all(step(one) for _ in range(8))
+
+
+def test_with_drawn_drafts_the_rest_is_that_of_the_start(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = AutoLengths(3, sample_drafts=True)
+    params = SamplingParams(temperature=1.0, ignore_eos=True)
+    for k in range(4):
+        lengths.begin_whole(params, k, 0.1 * k, 0.5, 0.25 + 0.25 * k)
+    costs = lengths.drawn.costs
+    assert costs.at(1, 1) == pytest.approx(0.75) and costs.at(1, 4, 1, 3) == pytest.approx(1.8)
+    assert not lengths.likeliest.costs.known
+    seen: list[float] = []
+    monkeypatch.setattr(lengths.drawn, "observe_step", lambda *a: seen.append(a[4]))
+    sequence = llm.prepare(PROMPT, params)
+    for k, rest_s in ((0, 9.0), (0, 7.0), (3, 9.0), (3, 7.0)):
+        lengths._chosen = {sequence.id: Choice(k, "model")}
+        lengths.observe([sequence], StepCosts(1, 1 + k, 0.1 * k, 0.5, rest_s, {}))
+    assert seen == [0.75, 1.5]

@@ -42,6 +42,8 @@ class StepCosts:
 SPEED_UP_DECAY = 0.995
 SETTLED = 256  # steps after which
 EVERY = 4  # only each fourth is learned from
+UNLOOKED = 7  # plain steps behind one that was looked at,
+SHORT_S = 0.002  # if they are so short that choosing is a good part of them
 PAUSED = 2.0  # whoever steps the engine did something else if a step took so many times its parts
 
 
@@ -63,7 +65,10 @@ class AutoLengths:
         self._spent_s = self._plain_s = 0.0
         self.whole_steps = False
         """Whether a step of one sequence is timed from end to end: parts say little (whole.py)."""
+        self._drawn_rest_s: dict[int, float] = {}  # of whole steps, by drafts
         self._ended: tuple[str, float] = ("", 0.0)
+        self._unlooked = 0
+        self._skipping = False
 
     @property
     def speed_up(self) -> float | None:
@@ -82,8 +87,22 @@ class AutoLengths:
         """Whether drafts of such a request are drawn from the drafter's distribution."""
         return self.sample_drafts and draws(params)
 
+    def begin_whole(
+        self, params: SamplingParams, n_drafts: int, draft_s: float, pass_s: float, rest_s: float
+    ) -> None:
+        """Whole steps of one sequence take so long, and are timed so from now on."""
+        self.whole_steps, drawn = True, self.draws(params)
+        controller = self.drawn if drawn else self.likeliest
+        controller.costs.whole_step(n_drafts, draft_s, pass_s + rest_s)
+        if drawn:
+            self._drawn_rest_s[n_drafts] = rest_s
+
     def choose(self, decoding: list[Sequence]) -> list[int]:
         """The scheduler's `DraftLengths`."""
+        self._skipping = self._unlooked > 0 and [s.id for s in decoding] == [self._ended[0]]
+        if self._skipping:
+            self._unlooked -= 1
+            return [0]
         drafter = self.drafter
         if drafter is None:
             asked = [(s.id, MODEL) for s in decoding]
@@ -92,8 +111,11 @@ class AutoLengths:
         controller = self._of(decoding)
         choices = controller.choose(asked)
         self._alike = not any(choice.n_drafts for choice in choices)
-        if decoding and self._trial(controller, len(decoding)).decodes_plainly:
+        trial = self._trial(controller, max(1, len(decoding)))
+        if decoding and trial.decodes_plainly:
             choices = [Choice(0, choice.source) for choice in choices]
+        goes_on = self._is_whole(decoding) and not (drafter or choices[0].n_drafts or trial.trying)
+        self._unlooked = UNLOOKED if goes_on and controller.costs.at(1, 1) < SHORT_S else 0
         self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
         if drafter is not None:
             drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
@@ -104,6 +126,17 @@ class AutoLengths:
         self.likeliest.close(sequence_id)
         self.drawn.close(sequence_id)
 
+    def looks(self, n_sequences: int) -> bool:
+        """Whether `observe` wants the step that ends now; if not, its end is noted."""
+        if not self._skipping or n_sequences > 1:
+            return True
+        self._ended = self._ended[0], time.perf_counter()
+        return False
+
+    def _is_whole(self, sequences: Seq[Sequence]) -> bool:
+        one = self.whole_steps and len(sequences) == 1
+        return one and self._of(sequences) is self.likeliest
+
     def observe(self, sequences: Seq[Sequence], step: StepCosts) -> None:
         """Learn from a step of these sequences.
 
@@ -112,7 +145,7 @@ class AutoLengths:
         behind the first rejection, which no later length may depend on.
         """
         controller = self._of(sequences)
-        whole = self.whole_steps and controller is self.likeliest and len(sequences) == 1
+        whole = self._is_whole(sequences)
         if whole:
             step = self._whole(sequences[0].id, step)
         else:
@@ -128,6 +161,8 @@ class AutoLengths:
             if c.n_drafts > 0 and not c.source.startswith(FREE)
         ]
         n_drafting, depth = len(in_round), max(in_round, default=0)
+        if drawn and len(sequences) == 1:  # as it was at the start, whatever the tokens
+            step = replace(step, pass_s=step.pass_s + self._drawn_rest_s.get(depth, 0.0))
         size = (drawn, step.n_rows, n_drafting, depth)
         target_s = step.pass_s if drawn else step.pass_s + step.rest_s
         timed = step.clean and size in self._seen
@@ -139,7 +174,7 @@ class AutoLengths:
                 n_tokens, target_s + step.draft_s, alike=self._alike
             )
         self._n_steps += 1
-        if self._n_steps > SETTLED and self._n_steps % EVERY:
+        if self._n_steps > SETTLED and self._n_steps % EVERY and not self._unlooked:
             return  # learning costs time, too
         if timed:
             controller.observe_step(

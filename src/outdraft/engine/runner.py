@@ -122,7 +122,7 @@ class Runner:
         if proposal.view is not None and self.drafter is not None:
             accepted = [proposal.accepted.get(s.id, 0) for s in proposal.view.sequences]
             self._drafter_call(self.drafter.commit, proposal.view, accepted)
-        if self.lengths is not None:
+        if self.lengths is not None and self.lengths.looks(len(plan.work)):
             times = (drafted - start, forward_s, time.perf_counter() - drafted - forward_s)
             failed = self._n_failed > n_failed
             self._observe(self.lengths, plan, sequences, proposal, times, failed)

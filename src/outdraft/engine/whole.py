@@ -28,14 +28,17 @@ BUDGET_S = 4.0
 UNTIMED = 4  # steps until everything is recorded
 PLAIN_STEPS = 24  # the host and the device need some to settle into a rhythm
 DRAFT_STEPS = 8
+GREEDY = SamplingParams(ignore_eos=True)
+DRAWN = SamplingParams(ignore_eos=True, temperature=1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
-    """Seconds of a step: of its draft round, and of everything else until the next step ends."""
+    """Seconds of a step: its draft round, its pass, what else there is until the next begins."""
 
     draft_s: float
-    other_s: float
+    pass_s: float
+    rest_s: float
 
 
 def works_beside(ops: object) -> bool:
@@ -44,7 +47,7 @@ def works_beside(ops: object) -> bool:
 
 
 def measure_steps(llm: "LLM", lengths: AutoLengths) -> int:
-    """Give the controller of greedy requests the costs of whole steps; how many were measured.
+    """Give the controllers the costs of whole steps of one sequence; how many were measured.
 
     Nothing may be in progress. What fails here is left for requests to report.
     """
@@ -54,13 +57,13 @@ def measure_steps(llm: "LLM", lengths: AutoLengths) -> int:
     deadline = time.perf_counter() + BUDGET_S
     n_done = 0
     try:
-        for k in range(llm.pairing.n_draft_max + 1):
-            whole = _decode(llm, k, deadline)
-            if whole is None:
-                break
-            lengths.likeliest.costs.whole_step(k, whole.draft_s, whole.other_s)
-            lengths.whole_steps = True
-            n_done += 1
+        for params in (GREEDY, DRAWN) if lengths.sample_drafts else (GREEDY,):
+            for k in range(llm.pairing.n_draft_max + 1):
+                whole = _decode(llm, params, k, deadline)
+                if whole is None:
+                    return n_done
+                lengths.begin_whole(params, k, whole.draft_s, whole.pass_s, whole.rest_s)
+                n_done += 1
     except Exception:
         return n_done
     finally:
@@ -68,12 +71,12 @@ def measure_steps(llm: "LLM", lengths: AutoLengths) -> int:
     return n_done
 
 
-def _decode(llm: "LLM", k: int, deadline: float) -> _Whole | None:
+def _decode(llm: "LLM", params: SamplingParams, k: int, deadline: float) -> _Whole | None:
     """Steps of a scratch request with k drafts each; None if there was no time or room for them."""
     llm.set_draft_n_max(k)
     vocab = llm.target.config.vocab_size
     prompt = [i * STRIDE % vocab for i in range(min(CONTEXT, llm.ctx_size // 2))]
-    sequence = llm.add(prompt, SamplingParams(ignore_eos=True), cache_salt=SCRATCH)
+    sequence = llm.add(prompt, params, cache_salt=SCRATCH)
     try:
         return _timed(llm, sequence, k, deadline)
     finally:
@@ -82,21 +85,22 @@ def _decode(llm: "LLM", k: int, deadline: float) -> _Whole | None:
 
 
 def _timed(llm: "LLM", sequence: Sequence, k: int, deadline: float) -> _Whole | None:
-    draft_s: list[float] = []
-    other_s: list[float] = []
+    found: list[tuple[float, float, float]] = []
     n_steps = DRAFT_STEPS if k else PLAIN_STEPS
     n_untimed = 0
     before = time.perf_counter()
-    while len(other_s) < n_steps:
-        drafted_s, n_rows = sequence.times.draft_s, sequence.stats.n_drafted
+    while len(found) < n_steps:
+        draft_s, pass_s = sequence.times.draft_s, sequence.times.forward_s
+        n_drafted = sequence.stats.n_drafted
         llm.step()
         now = time.perf_counter()
         if sequence.finish_reason is not None or now > deadline:
             return None
-        if sequence.stats.n_passes > 1 and sequence.stats.n_drafted - n_rows == k:
+        if sequence.stats.n_passes > 1 and sequence.stats.n_drafted - n_drafted == k:
             n_untimed += 1
             if n_untimed > UNTIMED:
-                draft_s.append(sequence.times.draft_s - drafted_s)
-                other_s.append(now - before - draft_s[-1])
+                draft_s = sequence.times.draft_s - draft_s
+                pass_s = sequence.times.forward_s - pass_s
+                found.append((draft_s, pass_s, now - before - draft_s - pass_s))
         before = now
-    return _Whole(median(draft_s), median(other_s))
+    return _Whole(*(median(part) for part in zip(*found, strict=True)))

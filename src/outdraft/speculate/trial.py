@@ -44,6 +44,11 @@ class Trial:
     _gains: list[float] = field(default_factory=list)
 
     @property
+    def trying(self) -> bool:
+        """Whether a trial is under way."""
+        return self._trying
+
+    @property
     def decodes_plainly(self) -> bool:
         """Whether the next step has no drafts."""
         return self.plain != self._trying
