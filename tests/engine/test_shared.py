@@ -70,10 +70,10 @@ def test_a_failure_stays_local(llm: LLM, stage: str, monkeypatch: pytest.MonkeyP
     elif stage == "forward":
         run = llm.runner.target_pass.run
 
-        def broken(tokens, spans, wanted):  # type: ignore[no-untyped-def]
+        def broken(tokens, spans, *rest, **more):  # type: ignore[no-untyped-def]
             if any(span.sequence == guilty.id for span in spans):
                 raise RuntimeError("planted")
-            return run(tokens, spans, wanted)
+            return run(tokens, spans, *rest, **more)
 
         monkeypatch.setattr(llm.runner.target_pass, "run", broken)
     elif stage == "propose":

@@ -100,3 +100,17 @@ def test_costs_that_are_measured_again_replace_what_was_learned() -> None:
     assert model.speed < 0.1
     model.measured({1: 1e-3, 16: 2e-3})
     assert model.speed == 1.0 and model.pass_s(1) == 1e-3 and model.rest_s(1) == 0.0
+
+
+def test_a_disturbed_round_is_forgotten_while_nobody_drafts() -> None:
+    model = StepModel()
+    model.measured({1: 1e-3, 16: 2e-3})
+    model.rounds.set(1, 1, 0.1e-3)
+    model.rounds.set(4, 1, 0.2e-3)
+    for _ in range(60):
+        model.observe_round(1, 1, 5e-3)
+    assert model.draft_s(4, 1) > 2e-3
+    for _ in range(100):
+        model.fade_round(4)
+    assert model.draft_s(4, 1) < 0.25e-3
+    assert model.draft_s(1, 1) > 2e-3

@@ -35,26 +35,27 @@ def one_round(target: Gemma4, assistant: Gemma4Assistant, ids_S: Tensor, t: int)
     n = len(ids_S)
     types = target.config.layer_types
 
-    def causal(layer: int, q: Tensor, k: Heads | None, v: Heads | None) -> Tensor:
+    def causal(layer: int, q: Heads, k: Heads | None, v: Heads | None) -> Tensor:
         assert k is not None and v is not None
+        q_THD = q.value(target.ops)
         known[layer] = (k.value(target.ops), v.value(target.ops))
         rows = []
         for i in range(n):
             first = max(0, i + 1 - WINDOW) if types[layer] == "sliding_attention" else 0
             keys, values = (x[first : i + 1].transpose(0, 1) for x in known[layer])
-            rows.append(one_query(q[i], keys, values))
+            rows.append(one_query(q_THD[i], keys, values))
         return torch.stack(rows)
 
     with torch.no_grad():
         hidden = target.forward(ids_S, torch.arange(n), causal)
         p = torch.softmax(target.logits(hidden), dim=-1)
 
-    def frozen(layer: int, q: Tensor, k: Heads | None, v: Heads | None) -> Tensor:
+    def frozen(layer: int, q: Heads, k: Heads | None, v: Heads | None) -> Tensor:
         kind = assistant.config.text.layer_types[layer]
         first = max(0, t + 1 - WINDOW) if kind == "sliding_attention" else 0
         last_owner = max(i for i, other in enumerate(types) if other == kind)
         keys, values = (x[first : t + 1].transpose(0, 1) for x in known[last_owner])
-        return one_query(q[0], keys, values)[None]
+        return one_query(q.value(assistant.ops)[0], keys, values)[None]
 
     state, total, weights = hidden[t : t + 1], torch.zeros(()), 0.0
     for k in range(N_STEPS):

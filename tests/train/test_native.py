@@ -105,7 +105,6 @@ def test_gradients_are_those_of_one_round_after_another() -> None:
             rows = torch.stack([done[-1] for done in round_results(head, part, K)])
             alone = alone + (rows * towards[:, text * (10 - K) + anchor]).sum()
     names = list(leaves)
-    # The head prepares some weights once: both sums share that part of the graph.
     first = torch.autograd.grad(together, list(leaves.values()), retain_graph=True)
     second = torch.autograd.grad(alone, list(leaves.values()))
     for name, mine, theirs in zip(names, first, second, strict=True):

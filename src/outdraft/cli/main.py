@@ -35,7 +35,7 @@ VERBS = {
     "tune": "Make the drafter fit a target, on the target's own answers.",
     "distill": "Teach a student what a teacher answers, calls of tools included.",
     "train": "Train a target and its drafter from text.",
-    "pretrain": "Train a hybrid with a native head from text.",
+    "pretrain": "Train a small hybrid (Qwen 3.5) and its native head from scratch.",
 }
 UNFORESEEN, WRONG_USE = 1, 2
 

@@ -16,6 +16,7 @@ OCTAVE_PARTS = 2  # sizes are corrected together, by so many factors for each do
 LOOK_EVERY = 3  # steps: to learn from each would cost more than it brings
 CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
 OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
+FADE = 0.95  # a looked-at step without drafts
 SPEED_STEPS = 11
 ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
@@ -265,6 +266,12 @@ class StepModel:
             self._round_extra_s.observe(n_drafting, own_s - first_s)
         self._draft_s.clear()
 
+    def fade_round(self, n_sequences: int) -> None:
+        """None of so many sequences drafted: what rounds take beyond the first cost is believed
+        less, or one that was disturbed could end drafting for good."""
+        self._round_extra_s.fade(n_sequences)
+        self._draft_s.clear()
+
     def observe_rest(self, n_sequences: int, seconds: float) -> None:
         """What followed a pass took so long."""
         usual, own_s = self._rests.at(n_sequences), seconds / self._speed
@@ -294,6 +301,10 @@ class ByBatch:
         usual = self._mean.get(size)
         share = max(LEARN, 1 / (n_seen + 1))
         self._mean[size] = value if usual is None else usual + share * (value - usual)
+
+    def fade(self, n_sequences: int) -> None:
+        """The mean of this size comes closer to 0; where there is none, from the nearest one's."""
+        self._mean[n_sequences.bit_length()] = FADE * self.at(n_sequences)
 
     def doubt(self) -> None:
         """Believe the next values more than the mean."""

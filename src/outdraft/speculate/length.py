@@ -117,6 +117,8 @@ class LengthController:
         self.costs.observe_pass(n_rows, pass_s)
         if n_drafting > 0 and depth > 0:
             self.costs.observe_round(n_drafting, depth, draft_s)
+        else:
+            self.costs.fade_round(n_sequences)
         if rest_s is not None:
             self.costs.observe_rest(n_sequences, rest_s)
         self._total_s += pass_s + draft_s
