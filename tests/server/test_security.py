@@ -510,3 +510,12 @@ def test_class_18_supply_chain() -> None:
     code = "import sys, outdraft.server.run; sys.exit('torch' in sys.modules)"
     done = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code])
     assert done == 0, "the server's process does without PyTorch"
+
+
+def test_no_client_names_its_own_address(live: Live) -> None:
+    """Shares are counted by address: who could name one would have as many as it likes."""
+    with live.client() as client:
+        done = client.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.9"})
+    assert done.status_code == 200
+    lines = [line for line in live.output().splitlines() if '"/v1/models"' in line]
+    assert lines and all("203.0.113.9" not in line for line in lines)

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from outdraft import LLM, EngineConfig, SamplingParams
 from outdraft.cli.distill import app
+from outdraft.engine.engine import Completion
 from outdraft.errors import PairingError, TrainingError
 from outdraft.train import distill as distill_run
 from outdraft.train.distill import distill
 from outdraft.train.distill_settings import DistillSettings, check_pair
 from outdraft.train.losses import generalised_jsd
+from outdraft.train.select import complete
 from outdraft.train.traces import (
     Batch,
     Trace,
@@ -255,6 +257,15 @@ def test_what_learns_nothing_is_not_written(settings: DistillSettings, tmp_path:
     with pytest.raises(TrainingError, match="learned nothing"):
         distill(tmp_path / "out", replace(settings, lr=1.0, steps=3), quiet)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_request_is_no_measurement() -> None:
+    class Failing:
+        def generate_all(self, prompts: object, params: object) -> list[Completion]:
+            return [Completion([1], [2]), Completion([1], error="planted")]
+
+    with pytest.raises(TrainingError, match="the engine failed: planted"):
+        complete(Failing(), [(1,)], SamplingParams())  # type: ignore[arg-type]
 
 
 def test_settings_are_checked(student: Path) -> None:

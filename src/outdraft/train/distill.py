@@ -36,6 +36,7 @@ from outdraft.train.export import export_like
 from outdraft.train.optimiser import OptimiserConfig
 from outdraft.train.plot import plot_losses
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
+from outdraft.train.select import complete
 from outdraft.train.served import served_target
 from outdraft.train.traces import (
     Conversation,
@@ -208,7 +209,7 @@ class Distill:
             )
             for i in range(len(prompts))
         ]
-        done = llm.generate_all(prompts, params)
+        done = complete(llm, prompts, params)
         return [([*one.prompt_tokens, *one.tokens], len(one.prompt_tokens)) for one in done]
 
     def train(

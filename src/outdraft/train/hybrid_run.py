@@ -30,7 +30,7 @@ from outdraft.train.hybrid_presets import HybridPreset, find_preset
 from outdraft.train.mtp import HybridPretraining, MtpOptions, head_prefix
 from outdraft.train.plot import plot_pretraining
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME, same_settings, training_seconds
-from outdraft.train.select import Prompt, heldout_prompts
+from outdraft.train.select import Prompt, complete, heldout_prompts
 from outdraft.train.tokenizer import (
     BOS_ID,
     END_OF_TURN_ID,
@@ -282,11 +282,9 @@ def measure(
     config = EngineConfig(spec_type="off" if k == 0 else "mtp", draft_n=k, device="cpu")
     params = SamplingParams(max_tokens=n_new, ignore_eos=True)
     with LLM(str(model), config) as llm:
-        done = llm.generate_all(prompts, params)
+        done = complete(llm, prompts, params)
     stats = DraftStats()
     for one in done:
-        if one.error is not None:
-            raise TrainingError(f"the engine failed: {one.error}", "see `outdraft doctor`")
         stats.merge(one.stats)
     return [one.tokens for one in done], stats
 

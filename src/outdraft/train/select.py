@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from outdraft.config import EngineConfig
-from outdraft.engine.engine import LLM
+from outdraft.engine.engine import LLM, Completion
 from outdraft.errors import TrainingError
 from outdraft.request import SamplingParams
 from outdraft.speculate.stats import DraftStats
@@ -62,6 +62,21 @@ def heldout_prompts(
     return found[0::2], found[1::2]
 
 
+def complete(
+    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Completion]:
+    """What `llm` makes of the prompts.
+
+    Raises:
+        TrainingError: a request ended in an error; its zeros would look like a measurement.
+    """
+    done = llm.generate_all(prompts, params)
+    for one in done:
+        if one.error is not None:
+            raise TrainingError(f"the engine failed: {one.error}", "see `outdraft doctor`")
+    return done
+
+
 def measure_drafting(
     target: Path, assistant: Path | None, prompts: Sequence[Prompt], n_new: int, k: int
 ) -> Drafting:
@@ -72,7 +87,7 @@ def measure_drafting(
         config = EngineConfig(assistant=str(assistant), draft_n=k)
     with LLM(str(target), config) as llm:
         params = SamplingParams(max_tokens=n_new, ignore_eos=True)
-        completions = llm.generate_all(prompts, params)
+        completions = complete(llm, prompts, params)
     stats = DraftStats()
     for completion in completions:
         stats.merge(completion.stats)

@@ -29,6 +29,7 @@ from outdraft.train.plot import plot_tuning
 from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.rollouts import TEMPERATURES
 from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
+from outdraft.train.select import complete
 from outdraft.train.served import assistant_leaves, check_target, served_target
 from outdraft.train.stitch import make_whole
 from outdraft.train.trainer import (
@@ -184,7 +185,7 @@ class Tune:
     def measure(self, llm: LLM, prompts: Sequence[Prompt]) -> list[DraftStats]:
         """Free greedy decoding of each prompt: what drafting came to."""
         params = SamplingParams(max_tokens=self.settings.new_tokens)
-        return [done.stats for done in llm.generate_all(prompts, params)]
+        return [done.stats for done in complete(llm, prompts, params)]
 
     def write(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
         """Let the served target continue prompts, in parts that are kept, until time is up."""
@@ -219,7 +220,7 @@ class Tune:
             )
             for i in range(size)
         ]
-        done = llm.generate_all(chosen, params)
+        done = complete(llm, chosen, params)
         return [([*one.prompt_tokens, *one.tokens], len(one.prompt_tokens)) for one in done]
 
     def train(self, n_draft: int, passages: Sequence[Prompt]) -> Phase:
