@@ -146,7 +146,7 @@ async def _serve(
             lifespan="off",
             access_log=False,
             log_level="warning",
-            proxy_headers=False,  # or any client could name the address that its share is counted for
+            proxy_headers=False,  # or a client could name the address its share is counted by
             server_header=False,
             date_header=False,
             timeout_keep_alive=30,
