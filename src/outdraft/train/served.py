@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outdraft.config import EngineConfig
 from outdraft.errors import TrainingError
-from outdraft.models import gemma4, gemma4_assistant, mtp, qwen3_5
+from outdraft.models import gemma4_assistant, mtp
 from outdraft.models.gemma4 import Gemma4
 from outdraft.models.gemma4_config import TARGET_TYPES, AssistantConfig, Gemma4Config
 from outdraft.models.qwen3_5 import Qwen35
@@ -26,6 +26,7 @@ from outdraft.models.registry import (
     CANDIDATES,
     GEMMA4,
     QWEN35,
+    Family,
     find_adapter,
     open_weights,
     resolve_dtype,
@@ -88,22 +89,7 @@ def served_target(path: Path, engine: EngineConfig) -> Gemma4:
         ModelError: it or the adapter cannot be read, or is no Gemma 4's.
         TrainingError: it has experts.
     """
-    raw = read_config(path)
-    config = Gemma4Config.from_hf(raw)
-    weights, _, bits = open_weights(
-        Checkpoint.open(path),
-        raw,
-        gemma4.expected_tensors(config),
-        gemma4.ignore_rules(config),
-        prefixes=gemma4.PREFIXES,
-        dtype=resolve_dtype(engine.dtype, config.dtype),
-    )
-    adapter = find_adapter(engine, GEMMA4, config)
-    if adapter is not None:
-        weights.changed = adapter.merged
-    format: Format = resolve_quant(engine, bits, drafter=False)
-    weights.stored = True
-    return Gemma4(config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES)))
+    return Gemma4(*_as_served(path, engine, GEMMA4))
 
 
 def served_hybrid(path: Path, engine: EngineConfig) -> Qwen35:
@@ -113,22 +99,27 @@ def served_hybrid(path: Path, engine: EngineConfig) -> Qwen35:
         ModelError: it or the adapter cannot be read.
         TrainingError: it has experts.
     """
+    return Qwen35(*_as_served(path, engine, QWEN35))
+
+
+def _as_served(path: Path, engine: EngineConfig, family: Family) -> tuple[Any, Any, AsServed]:
+    """Config, weights and operations of a target of this family."""
     raw = read_config(path)
-    config = Qwen35Config.from_hf(raw)
+    config = family.read_config(raw)
     weights, _, bits = open_weights(
         Checkpoint.open(path),
         raw,
-        qwen3_5.expected_tensors(config),
-        qwen3_5.ignore_rules(config),
-        prefixes=qwen3_5.PREFIXES,
+        family.expected_tensors(config),
+        family.ignore_rules(config),
+        prefixes=family.prefixes,
         dtype=resolve_dtype(engine.dtype, config.dtype),
     )
-    adapter = find_adapter(engine, QWEN35, config)
+    adapter = find_adapter(engine, family, config)
     if adapter is not None:
         weights.changed = adapter.merged
     format: Format = resolve_quant(engine, bits, drafter=False)
     weights.stored = True
-    return Qwen35(config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES)))
+    return config, weights, AsServed(kernels=CpuOps(format=format, candidates=CANDIDATES))
 
 
 def head_leaves(path: Path) -> dict[str, Tensor]:
