@@ -125,6 +125,24 @@ class FusedOps:
         )  # fmt: skip
         return y, normed
 
+    def accept(
+        self,
+        token_T: Tensor,
+        best_T: Tensor,
+        hidden_TH: Tensor,
+        windows_G: Tensor,
+        numbers: Tensor,
+        hidden_1H: Tensor,
+    ) -> None:
+        """See `Fuses`."""
+        t, h = hidden_TH.shape
+        assert hidden_TH.dtype == hidden_1H.dtype and hidden_TH.stride(1) == 1
+        kernels.accept_kernel[(triton.cdiv(h, 1024),)](
+            token_T, best_T, hidden_TH, windows_G, numbers, hidden_1H, t - 1, h,
+            hidden_TH.stride(0), windows_G.shape[0], ROWS=triton.next_power_of_2(t),
+            GROUPS=triton.next_power_of_2(windows_G.shape[0]), BLOCK=1024, **self._launch,
+        )  # fmt: skip
+
     def best_or_none(self, logits_TV: Tensor) -> Tensor:
         """See `Fuses`."""
         return self._best(logits_TV, finite=True)[0]

@@ -253,3 +253,27 @@ def best_of_blocks_kernel(scores, ids, chosen, out, sure, N, A: tl.constexpr, BL
     top = tl.max(v, 0)
     tl.store(out + t, tl.min(tl.where(v == top, token, 2147483647), 0))
     tl.store(sure + t, 1.0 / tl.sum(tl.exp(v - top), 0))
+
+
+@triton.jit(do_not_specialize=["n_drafts"])
+def accept_kernel(token, best, hidden, windows, numbers, carried, n_drafts, H, h_stride, n_groups,
+                  ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """A round's numbers and hidden state, moved on by the drafts that stay (`Fuses.accept`)."""
+    begin(PDL)
+    i = tl.arange(0, ROWS)
+    drafted = tl.load(token + 1 + i, mask=i < n_drafts, other=0)
+    stays = (i < n_drafts) & (drafted == tl.load(best + i, mask=i < n_drafts, other=-1))
+    n = tl.min(tl.where(stays, ROWS, i), 0)
+    n = tl.minimum(n, n_drafts)
+    h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(carried + h, tl.load(hidden + n * h_stride + h, mask=h < H), mask=h < H)
+    if tl.program_id(0) == 0:
+        hi = tl.load(numbers + 3) + n
+        g = tl.arange(0, GROUPS)
+        window = tl.load(windows + g, mask=g < n_groups, other=0)
+        lo = tl.where(window > 0, tl.maximum(hi - window + 1, 0), 0)
+        tl.store(numbers + 4 + g, lo, mask=g < n_groups)
+        tl.store(numbers, tl.maximum(tl.load(best + n), 0))
+        tl.store(numbers + 1, tl.load(numbers + 1) + n)
+        tl.store(numbers + 3, hi)
