@@ -17,6 +17,7 @@ from outdraft.ops.cuda.product import Gate
 from outdraft.ops.cuda.weights import CudaWeight
 
 BEST_PART = 4096
+WIDE_WARPS = 16  # of a norm of rows above 2048
 
 
 class FusedOps:
@@ -121,7 +122,7 @@ class FusedOps:
             pairs, weights_TA, dense_TK, residual_TK, *weights,
             y if next_weight is None else next_weight, y, normed, k, eps, scale,
             A=ids_TA.shape[1], HAS_NEXT=next_weight is not None,
-            BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4, **self._launch,
+            BLOCK=triton.next_power_of_2(k), num_warps=WIDE_WARPS if k > 2048 else 4, **self._launch,
         )  # fmt: skip
         return y, normed
 
@@ -186,5 +187,5 @@ def launch_norm(
         following[-1], y, normed[0], normed[1] if more else y, normed[-1], k, eps, scale,
         ADD=residual_TK is not None, HAS_W=weight_K is not None,
         HAS_NEXT=next_weights[0] is not None, MORE=more, BLOCK=triton.next_power_of_2(k),
-        num_warps=16 if k > 2048 else 4, **options,
+        num_warps=WIDE_WARPS if k > 2048 else 4, **options,
     )  # fmt: skip

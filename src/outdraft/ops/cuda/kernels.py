@@ -81,13 +81,15 @@ def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, p
     g = tl.program_id(1)
     b, hi = tl.load(sequence + t), tl.load(hi_T + t)
     before = tl.maximum(t - 1, 0)
+    # All that says which page it is is asked for at once: one read waits for another here.
+    m = tl.arange(0, GP)
+    r = m // GROUP
+    row = tl.minimum(t + r, n_rows - 1)
+    b_M, hi_M, lo_M = tl.load(sequence + row), tl.load(hi_T + row), tl.load(lo_T + row)
     follows = (tl.load(sequence + before) == b) & (tl.load(hi_T + before) + 1 == hi)
+    base = tl.load(first_page + b)
     if (t == 0) | (follows == 0) | (hi % R == 0):
-        m = tl.arange(0, GP)
-        r = m // GROUP
-        row = tl.minimum(t + r, n_rows - 1)
-        real = (r < R) & (t + r < n_rows) & (tl.load(sequence + row) == b)
-        hi_M, lo_M = tl.load(hi_T + row), tl.load(lo_T + row)
+        real = (r < R) & (t + r < n_rows) & (b_M == b)
         real &= (hi_M == hi + r) & (hi_M // R == hi // R)
         page = tl.min(tl.where(real, lo_M, 2147483647), 0) // SLOTS + tl.program_id(2)
         start = page * SLOTS
@@ -95,7 +97,7 @@ def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, p
             d = tl.arange(0, D)
             n_heads = G * GROUP
             head = g * GROUP + m % GROUP
-            at_page = tl.load(table + b * width + page - tl.load(first_page + b)).to(tl.int64)
+            at_page = tl.load(table + b * width + page - base).to(tl.int64)
             at_q = (row * n_heads + head)[:, None].to(tl.int64) * D + d[None, :]
             q_MD = tl.load(q + at_q, mask=real[:, None], other=0.0)
             q_MD = q_MD.to(keys.dtype.element_ty).to(DOT)
