@@ -52,15 +52,15 @@ def route_kernel(scores, per_expert, ids, weights, E, A: tl.constexpr, SCALED: t
 
 
 @triton.jit
-def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
-    """gelu_tanh(gate) * up, or silu(gate) * up."""
+def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, SIGMOID: tl.constexpr,
+                 BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """gelu_tanh(gate) * up, or silu or sigmoid of the gate."""
     begin(PDL)
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * g_stride + k, mask=k < K, other=0.0).to(tl.float32)
     u = tl.load(up + row * u_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    v = activate(g, SILU)
+    v = 1.0 / (1.0 + tl.exp(-g)) if SIGMOID else activate(g, SILU)
     tl.store(out + row * K + k, v * u, mask=k < K)
 
 
