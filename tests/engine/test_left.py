@@ -23,6 +23,7 @@ from outdraft.speculate import gemma4_assistant
 from tests import tiny
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
 class Again:
