@@ -108,9 +108,7 @@ def test_drafts_are_drawn(tmp_path: Path) -> None:
     assert done.stats.n_drafted > 0
 
 
-@pytest.mark.parametrize(
-    "shape", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.prove)]
-)
+@pytest.mark.parametrize("shape", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.prove)])
 def test_recurrent_layers_with_the_targets_own_head(tmp_path: Path, shape: str) -> None:
     layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     target = tiny.tiny_hybrid(tmp_path / "target", shape, seed=3, **layers)

@@ -224,7 +224,8 @@ class Rig:
     def time_drafting(self, k: int, rounds: int) -> float:
         """Seconds of an engine's step of k drafts, none of which is kept."""
         sequence = self.new_sequence()
-        if isinstance(self.drafter, ReadsStates):  # it has read the context
+        drafter: Drafter = self.drafter
+        if isinstance(drafter, ReadsStates):  # it has read the context
             self.drafter.close(SEQUENCE)
             Rounds(self.drafter, self.memory, self.model, list(sequence.tokens), k)
         self.runner.execute(StepPlan([Work(SEQUENCE, 1, 0)]), {SEQUENCE: sequence})

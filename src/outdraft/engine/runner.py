@@ -300,8 +300,10 @@ class Runner:
             ]
         )
         k = max(w.n_drafts for w in work)
-        leaves = isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences)
-        draft = drafter.leave(view, k) if leaves else drafter.propose(view, k)
+        if isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences):
+            draft = drafter.leave(view, k)
+        else:
+            draft = drafter.propose(view, k)
         tokens = draft.tokens_BK.tolist()
         check_draft(draft, tokens, len(work), self.target.config.vocab_size)
         blocks = {}

@@ -1,4 +1,4 @@
-"""Kernels of gated delta nets on a GPU, or under Triton's interpreter: close to fp64, row-invariant."""
+"""Kernels of gated delta nets on a GPU, else under Triton's interpreter: fp64, row-invariance."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ def make(n: int) -> dict[str, Tensor]:
 def through(ops: object, p: dict[str, Tensor], rows: StateRows) -> tuple[Tensor, ...]:
     """Outputs and what became of the states."""
     inputs, state = p["inputs"].clone(), p["state"].clone()
-    call: Callable[[str], Callable[..., Tensor]] = lambda name: getattr(ops, name)  # noqa: E731
+    call: Callable[[str], Callable[..., Tensor]] = lambda name: getattr(ops, name)
     qkv = call("short_conv")(p["x"], p["conv"], inputs, rows)
     a, b = p["ab"][:, :N_V], p["ab"][:, N_V:]
     gates = DeltaGates(p["decay"], p["bias"])
@@ -84,9 +84,7 @@ def test_a_row_has_the_bits_it_has_alone(ops: CudaOps) -> None:
         for i in range(n):  # one row a call: each begins where the last one has written
             one = {name: part[i : i + 1] for name, part in own.items()}
             numbers = ([s], [read], [8])
-            alone = StateRows(
-                *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in numbers)
-            )
+            alone = StateRows(*(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in numbers))
             held = parts | one | {"inputs": inputs, "state": state}
             got = through(ops, held, alone)
             inputs, state, read = got[2], got[3], 8
