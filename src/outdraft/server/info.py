@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from outdraft import __version__
 from outdraft.server.completions import Ids, prompts_of
-from outdraft.server.engine import EngineGone, State
+from outdraft.server.engine import State
 from outdraft.server.errors import ApiError, bad_request
 from outdraft.server.guard import visit_of
 from outdraft.server.schema import Loose, parse
@@ -170,10 +170,7 @@ async def embeddings(request: Request, service: Service) -> Response:
     prompts = prompts_of(asked.input)
     service.limits.check_count("input", len(prompts), service.limits.prompts)
     inputs = [await service.jobs.tokens(p) for p in prompts]
-    try:
-        vectors = await service.engine.embed(inputs, asked.pooling)
-    except EngineGone as error:
-        raise ApiError(503, str(error), "engine_gone", retry_after_s=1) from error
+    vectors = await service.jobs.embed(visit.client, inputs, asked.pooling)
     n_tokens = sum(map(len, inputs))
     return json_response(
         {
