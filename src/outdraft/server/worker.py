@@ -88,22 +88,28 @@ class Worker:
 
     def read(self) -> None:
         """The reading thread: commands until the socket closes, which ends the process."""
-        while (message := receive(self.sock)) is not None:
-            match message["op"]:
-                case "add" if message["grammar"]:
-                    with self._lock:
-                        self.preparing.add(message["id"])
-                    self._pool.submit(self.prepare, message)
-                case "add":
-                    self.prepare(message)
-                case "abort":
-                    with self._lock:  # no step begins between this count and the order
-                        abort = partial(self.abort, message["id"], message["left"], self.n_steps)
-                        self.inbox.put(abort)
-                case "embed":
-                    texts = _Embedding(message["id"], message["inputs"], message["pooling"])
-                    self.inbox.put(partial(self.queue, texts))
-        self.inbox.put(lambda: False)
+        try:
+            while (message := receive(self.sock)) is not None:
+                self.hear(message)
+        finally:
+            self.inbox.put(lambda: False)
+
+    def hear(self, message: dict[str, Any]) -> None:
+        """One command; most become an order for the thread that steps."""
+        match message["op"]:
+            case "add" if message["grammar"]:
+                with self._lock:
+                    self.preparing.add(message["id"])
+                self._pool.submit(self.prepare, message)
+            case "add":
+                self.prepare(message)
+            case "abort":
+                with self._lock:  # no step begins between this count and the order
+                    abort = partial(self.abort, message["id"], message["left"], self.n_steps)
+                    self.inbox.put(abort)
+            case "embed":
+                texts = _Embedding(message["id"], message["inputs"], message["pooling"])
+                self.inbox.put(partial(self.queue, texts))
 
     def prepare(self, message: dict[str, Any]) -> None:
         """Make a request ready; what cannot be is refused. Any thread."""
