@@ -76,6 +76,7 @@ def kill_and_count(live: Live, n: int, seed: int) -> None:
     assert grown["left"] == grown["n"], "every one of them knows when its connection closed"
     assert grown["late_steps"] == 0
     assert live.metric("outdraft_abort_late_steps_total") == 0
+    assert live.output().count('"left":true') >= grown["n"] / 2  # their lines in the log
     assert live.metric("outdraft_engine_restarts_total") == 0
 
 

@@ -118,6 +118,7 @@ def make_app(service: Service, access: Access, log: Callable[[dict[str, Any]], N
                 "route": visit.route or "other",
                 "status": visit.status,
                 "ms": round(seconds * 1e3, 3),
+                **({"left": True} if visit.left_at is not None else {}),
                 **visit.notes,
             }
         )

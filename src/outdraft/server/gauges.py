@@ -60,7 +60,7 @@ class Gauges:
                 self._times.popleft()
 
     def end(self, sequence: Sequence) -> None:
-        """A request has ended: its seconds of drafting and of passes count from now on."""
+        """A request has ended: its seconds of drafting and of passes are kept."""
         self.draft_s += sequence.times.draft_s
         self.verify_s += sequence.times.forward_s
 
@@ -85,7 +85,8 @@ class Gauges:
 
     def read(self, now: float) -> dict[str, Any]:
         """All of it."""
-        stats = self.llm.stats()
+        stats, scheduler = self.llm.stats(), self.llm.scheduler
+        times = [s.times for s in (*scheduler.running.values(), *scheduler.waiting)]
         drafts = stats.drafts
         return {
             "running": stats.n_running,
@@ -100,8 +101,8 @@ class Gauges:
             "accepted": drafts.accepted,
             "tokens_per_pass": drafts.tokens_per_pass,
             "acceptance_by_position": drafts.acceptance_by_position,
-            "draft_s": self.draft_s,
-            "verify_s": self.verify_s,
+            "draft_s": self.draft_s + sum(t.draft_s for t in times),
+            "verify_s": self.verify_s + sum(t.forward_s for t in times),
             "aborts": asdict(self.aborts),
             "pages": {
                 "free": sum(p.free for p in stats.pages.values()),

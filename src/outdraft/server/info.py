@@ -156,6 +156,10 @@ async def detokenize(request: Request, service: Service) -> Response:
     """Token ids to text."""
     visit = visit_of(request.scope)
     asked = parse(DetokenizeRequest, await read_body(request, service.limits), visit)
+    size = service.engine.info.get("vocab_size")
+    beyond = next((i for i in asked.tokens if size is not None and i >= size), None)
+    if beyond is not None:
+        raise bad_request(f"token {beyond} is beyond the vocabulary of {size}", "tokens")
     text = service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
     return json_response({"content": text, "prompt": text})
 
@@ -167,7 +171,7 @@ async def embeddings(request: Request, service: Service) -> Response:
     service.note_model(asked.model, visit)
     if asked.dimensions not in (None, service.engine.info.get("hidden_size")):
         raise bad_request("dimensions cannot be chosen for this model", "dimensions")
-    prompts = prompts_of(asked.input)
+    prompts = prompts_of(asked.input, "input")
     service.limits.check_count("input", len(prompts), service.limits.prompts)
     inputs = [await service.jobs.tokens(p) for p in prompts]
     vectors = await service.jobs.embed(visit.client, inputs, asked.pooling)

@@ -286,6 +286,7 @@ class Worker:
     def report(self, now: float) -> None:
         """Say how the engine is."""
         self._reported_at = now
+        self.flush(now)  # or who has just ended would count neither as running nor as ended
         self.send({"op": "stats", "steps": self.n_steps, **self.gauges.read(now)})
 
     def send(self, message: dict[str, Any]) -> None:
