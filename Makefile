@@ -50,6 +50,9 @@ test-asan: setup ## the kernels' tests with the address and undefined-behaviour 
 
 prove: setup browser ## the slow proofs
 	$(BIN)/pytest -m prove -n 2 --durations=15
+	# What checks input must not be an assert, which -O leaves out.
+	PYTHONOPTIMIZE=1 $(BIN)/pytest -n 2 tests/server/test_security.py tests/server/test_wire.py \
+	  tests/weights tests/text
 
 lint: setup      ## style and types only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
