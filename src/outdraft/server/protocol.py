@@ -82,9 +82,8 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.disarm()
-            visit = None if self.cycle is None else self.cycle.scope.get(VISIT)
-            if isinstance(visit, Visit):
-                visit.left_at = time.monotonic()
+            if self.cycle is not None:
+                _note_loss(self.cycle.scope)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -129,3 +128,10 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 self.transport.close()
 
     return LimitedProtocol
+
+
+def _note_loss(scope: Any) -> None:
+    """The connection of a request has closed."""
+    visit = scope.get(VISIT)
+    if isinstance(visit, Visit):
+        visit.left_at = time.monotonic()
