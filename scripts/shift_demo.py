@@ -40,13 +40,18 @@ HELDOUT_PART = 10  # one file in so many
 MAX_FILE_CHARS = 20_000
 
 
-def headers() -> tuple[list[str], list[str]]:
-    """Texts of PyTorch's C++ headers: to learn, and held out by a hash of the text."""
+def headers(by_hand: bool) -> tuple[list[str], list[str]]:
+    """Texts of PyTorch's C++ headers: to learn, and held out by a hash of the text.
+
+    Those in `ops` are generated, one like another; `by_hand` leaves them out.
+    """
     train: dict[str, str] = {}
     heldout: dict[str, str] = {}
     for path in sorted((Path(torch.__file__).parent / "include").rglob("*.h")):
         text = path.read_text(encoding="utf-8", errors="replace")
         digest = hashlib.sha256(text.encode()).hexdigest()
+        if by_hand and path.parent.name == "ops":
+            continue
         if 1000 <= len(text) <= MAX_FILE_CHARS and text.isascii():
             (heldout if int(digest, 16) % HELDOUT_PART == 0 else train)[digest] = text
     return [train[d] for d in sorted(train)], [heldout[d] for d in sorted(heldout)]
@@ -107,9 +112,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--by-hand", action="store_true", help="without generated headers")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    texts = dict(zip(("train", "heldout"), headers(), strict=True))
+    texts = dict(zip(("train", "heldout"), headers(given.by_hand), strict=True))
     for name, rows in texts.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
         (given.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -123,7 +129,7 @@ def main() -> None:
     print(f"{len(stream):,} tokens; products in {dtype}", flush=True)
     is_hybrid = has_own_head(source)
     objective = (hybrid if is_hybrid else gemma)(source, windows, dtype)
-    settings = {"steps": given.steps} | ({"model": str(source)} if is_hybrid else {})
+    settings = {"steps": given.steps, "model": str(source), "by_hand": given.by_hand}
     store = CheckpointStore(given.out / "phase", fingerprint(settings))
     optimiser = OptimiserConfig(muon_lr=0.01, adam_lr=1e-3)
     phase = Phase("target", given.steps, 25, store, optimiser, dtype)
