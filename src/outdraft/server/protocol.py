@@ -82,8 +82,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.disarm()
-            if self.cycle is not None:
-                _note_loss(self.cycle.scope)
+            _note_loss(self.cycle)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -130,8 +129,8 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
     return LimitedProtocol
 
 
-def _note_loss(scope: Any) -> None:
-    """The connection of a request has closed."""
-    visit = scope.get(VISIT)
+def _note_loss(cycle: Any) -> None:
+    """The connection of a request has closed, or of none."""
+    visit = None if cycle is None else cycle.scope.get(VISIT)
     if isinstance(visit, Visit):
         visit.left_at = time.monotonic()
