@@ -141,7 +141,9 @@ class TargetPass:
             best_T = finite_or_none(recorded.logits_TV, best_T)
         return Pass(recorded.hidden_TH, recorded.logits_TV, best_T.cpu())
 
-    def _replay_left(self, recorder: Recordable, numbers: Tensor, n_rows: int, left: Left) -> Pass:
+    def _replay_left(
+        self, recorder: Recordable, numbers: Tensor, n_rows: int, left: Left
+    ) -> Pass:
         """As `_replay`; between the drafts and what is behind the pass, nothing waits."""
         self.ahead.drop()
         recorded = self._recording(recorder, numbers, n_rows, 0)

@@ -100,8 +100,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-            scope[ABORT_KEY] = self.transport.abort
+            self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
 
         def on_headers_complete(self) -> None:
             self.disarm()
@@ -119,7 +118,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def disarm(self) -> None:
             if self.deadline is not None:
                 self.deadline.cancel()
-                self.deadline = None
+            self.deadline = None
 
         def refuse(self, status: int) -> None:
             if not self.transport.is_closing():
