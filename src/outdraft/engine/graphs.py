@@ -1,7 +1,8 @@
 """One pass of the target: call by call, or recorded once for a number of rows and replayed.
 
-Both give the same bits; the recorded one costs Python next to nothing. Not here: what the rows are
-(runner.py).
+Both give the same bits; the recorded one costs Python next to nothing. Passes in which few rows or
+none need scores, prompts above all, are recorded once for all numbers of rows, where operations can
+be replayed with fewer than were recorded. Not here: what the rows are (runner.py).
 
 Shapes: T rows, B sequences, R rows with logits, V vocabulary, H hidden size.
 """
@@ -18,11 +19,12 @@ from outdraft.cache.memory import Memory, Span
 from outdraft.engine.ahead import Ahead
 from outdraft.models.registry import Target
 from outdraft.ops.base import Fuses
-from outdraft.ops.record import Recordable, Replayable, record
+from outdraft.ops.record import Recordable, Replayable, Resizable, record
 from outdraft.ops.reference import pad_rows
 
 MAX_RECORDED_ROWS = 96
 MAX_RECORDINGS = 64
+LEAST_ROOM = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,20 @@ class _Recording:
     best_T: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Wide:
+    """A recorded pass without scores, replayed for any number of rows up to `n_rows`."""
+
+    call: CausalCall
+    program: Resizable
+    hidden_TH: Tensor
+
+    @property
+    def n_rows(self) -> int:
+        """Most rows."""
+        return self.hidden_TH.shape[0]
+
+
 class TargetPass:
     """Runs the target over rows of many sequences."""
 
@@ -58,6 +74,7 @@ class TargetPass:
         self.memory = memory
         self.recorder = target.ops if isinstance(target.ops, Recordable) else None
         self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
+        self.wide: _Wide | None = None
         self.ahead = Ahead()
 
     def run(
@@ -83,17 +100,42 @@ class TargetPass:
         if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
             return self._replay(self.recorder, numbers, len(tokens), ahead=ahead)
         self.ahead.drop()
-        call = CausalCall.of(self.memory, self.ops, numbers)
-        multiple = self.ops.row_multiple  # padded once here, so that no operation has to
-        hidden_TH = self.model.forward(
-            pad_rows(call.token_T, multiple), pad_rows(call.position_T, multiple), call.attend
-        )
+        if self.recorder is not None and not self.recorder.records_all:
+            hidden_TH = self._replay_wide(self.recorder, numbers, len(tokens))
+        else:
+            hidden_TH = self._forward(numbers)
         if not wanted:
             return Pass(hidden_TH, torch.empty(0, 0), torch.empty(0, dtype=torch.int32))
         index = torch.tensor(wanted, device=hidden_TH.device)
-        logits_RV = self.model.logits(pad_rows(hidden_TH[index], multiple))[: len(wanted)]
+        wanted_RH = pad_rows(hidden_TH[index], self.ops.row_multiple)
+        logits_RV = self.model.logits(wanted_RH)[: len(wanted)]
         best_R = finite_or_none(logits_RV, self.ops.argmax(logits_RV))
         return Pass(hidden_TH, logits_RV, best_R.cpu())
+
+    def _forward(self, numbers: Tensor) -> Tensor:
+        """Call by call."""
+        call = CausalCall.of(self.memory, self.ops, numbers)
+        multiple = self.ops.row_multiple  # padded once here, so that no operation has to
+        return self.model.forward(
+            pad_rows(call.token_T, multiple), pad_rows(call.position_T, multiple), call.attend
+        )
+
+    def _replay_wide(self, recorder: Recordable, numbers: Tensor, n_rows: int) -> Tensor:
+        wide = self.wide
+        if wide is None or not wide.call.fill(numbers, n_rows):
+            room = max(LEAST_ROOM, 1 << (n_rows - 1).bit_length())
+            if wide is not None:
+                room = max(room, wide.n_rows)
+            self.wide = wide = None  # its memory is the new one's
+            call = CausalCall.wide(self.memory, self.ops, numbers, n_rows, room)
+            program, hidden_TH = record(
+                lambda: self.model.forward(call.token_T, call.position_T, call.attend), recorder
+            )
+            assert isinstance(program, Resizable)
+            self.wide = wide = _Wide(call, program, hidden_TH)
+        wide.program.resize(n_rows, wide.n_rows)
+        wide.program.replay()
+        return wide.hidden_TH[:n_rows]
 
     def _replay(self, recorder: Recordable, numbers: Tensor, n_rows: int, *, ahead: bool) -> Pass:
         turn = self.ahead.take(numbers)
