@@ -8,9 +8,10 @@ Shapes: T rows, B sequences, R rows with logits, V vocabulary, H hidden size.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,26 @@ class Pass:
     hidden_TH: Tensor
     logits_RV: Tensor
     best_R: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One sequence's part of a pass: where its rows are, the best id of the scored ones."""
+
+    start: int
+    n_rows: int
+    scored: int  # the first of its rows among those that have scores
+    best: list[int]
+    done: Pass
+
+    @property
+    def hidden_TH(self) -> Tensor:
+        """Of its rows."""
+        return self.done.hidden_TH[self.start : self.start + self.n_rows]
+
+    def logits(self, n: int) -> Tensor:
+        """Of its first n rows with scores, [n, V]."""
+        return self.done.logits_RV[self.scored : self.scored + n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,5 +208,17 @@ class TargetPass:
 
 def finite_or_none(logits_RV: Tensor, best_R: Tensor) -> Tensor:
     """The best ids, -1 where their logit is not finite."""
+    if logits_RV.device.type == "cpu":  # few numbers, for which PyTorch's calls take longer
+        best, logits = best_R.numpy(), logits_RV.numpy()
+        finite = np.isfinite(logits[np.arange(len(best)), best])
+        return torch.from_numpy(np.where(finite, best, -1).astype(np.int32))
     best_logit_R = logits_RV.gather(-1, best_R[:, None].long())[:, 0]
     return torch.where(torch.isfinite(best_logit_R), best_R, -1)
+
+
+def rows_of(x_TH: Tensor, row_of: Mapping[str, int]) -> dict[str, Tensor]:
+    """Copies [H] of these rows."""
+    if x_TH.device.type != "cpu":  # an index of all would wait for the device
+        return {name: x_TH[row].clone() for name, row in row_of.items()}
+    rows_BH = x_TH[list(row_of.values())]
+    return dict(zip(row_of, rows_BH.unbind(0), strict=True))
