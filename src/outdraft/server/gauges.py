@@ -6,6 +6,8 @@ their names in Prometheus (metrics.py).
 
 import time
 from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from outdraft.engine.engine import LLM
@@ -17,6 +19,26 @@ WINDOW_S = 3.0
 """Rates are over so many last seconds with work."""
 
 
+@dataclass(slots=True)
+class Aborts:
+    """Requests in progress that were ended, and how many steps they were in meanwhile.
+
+    Attributes:
+        late_steps: that began after the order to end a request had arrived, all together.
+        left: how many were ended because their connection closed.
+        left_steps: that began after it had closed, all together.
+        left_steps_max: the most for one request.
+        left_ms_max: the longest from a connection's end to the end of its request.
+    """
+
+    n: int = 0
+    late_steps: int = 0
+    left: int = 0
+    left_steps: int = 0
+    left_steps_max: int = 0
+    left_ms_max: float = 0.0
+
+
 class Gauges:
     """Counts over one engine."""
 
@@ -24,6 +46,7 @@ class Gauges:
         self.llm = llm
         self.draft_s = self.verify_s = 0.0
         self.n_tokens = 0
+        self.aborts = Aborts()
         self._times: deque[tuple[float, int]] = deque()
 
     def count(self, events: list[TokenEvent]) -> None:
@@ -37,13 +60,33 @@ class Gauges:
                 self._times.popleft()
 
     def end(self, sequence: Sequence) -> None:
-        """A request has ended: its seconds of drafting and of passes count from now on."""
+        """A request has ended: its seconds of drafting and of passes are kept."""
         self.draft_s += sequence.times.draft_s
         self.verify_s += sequence.times.forward_s
 
+    def abort(self, n_late: int, left_at: float | None, step_starts: Seq[float]) -> None:
+        """A request was ended before its time.
+
+        Args:
+            n_late: steps that began after the order to end it had arrived.
+            left_at: when its connection closed, if that is why (time.monotonic).
+            step_starts: when the last steps began, in order.
+        """
+        aborts = self.aborts
+        aborts.n += 1
+        aborts.late_steps += n_late
+        if left_at is None:
+            return
+        n_steps = sum(started > left_at for started in step_starts)
+        aborts.left += 1
+        aborts.left_steps += n_steps
+        aborts.left_steps_max = max(aborts.left_steps_max, n_steps)
+        aborts.left_ms_max = max(aborts.left_ms_max, (time.monotonic() - left_at) * 1e3)
+
     def read(self, now: float) -> dict[str, Any]:
         """All of it."""
-        stats = self.llm.stats()
+        stats, scheduler = self.llm.stats(), self.llm.scheduler
+        times = [s.times for s in (*scheduler.running.values(), *scheduler.waiting)]
         drafts = stats.drafts
         return {
             "running": stats.n_running,
@@ -58,8 +101,9 @@ class Gauges:
             "accepted": drafts.accepted,
             "tokens_per_pass": drafts.tokens_per_pass,
             "acceptance_by_position": drafts.acceptance_by_position,
-            "draft_s": self.draft_s,
-            "verify_s": self.verify_s,
+            "draft_s": self.draft_s + sum(t.draft_s for t in times),
+            "verify_s": self.verify_s + sum(t.forward_s for t in times),
+            "aborts": asdict(self.aborts),
             "pages": {
                 "free": sum(p.free for p in stats.pages.values()),
                 "used": sum(p.used for p in stats.pages.values()),

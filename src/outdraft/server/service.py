@@ -96,6 +96,7 @@ class Service:
             drafting=own is None or own.drafting == "auto",
             detail=detail,
             adapt=None if use is None else partial(self.dialect.params, use),
+            left_at=lambda: visit.left_at,
         )
 
     def token_text(self, token: int) -> str:
