@@ -6,6 +6,7 @@ their names in Prometheus (metrics.py).
 
 import time
 from collections import deque
+from dataclasses import asdict
 from typing import Any
 
 from outdraft.engine.engine import LLM
@@ -74,6 +75,7 @@ class Gauges:
             "draft_n_now": stats.draft_length,
             "draft_reason": public(stats.why_not_drafting or self.llm.pairing.reason, names=True),
             "speedup_measured": stats.speed_up,
+            "learn": None if stats.learn is None else asdict(stats.learn),
         }
 
     def _rate(self, now: float) -> float:
@@ -98,4 +100,5 @@ def describe(llm: LLM) -> dict[str, Any]:
         "draft_reason": public(llm.pairing.reason, names=True),
         "max_sequences": llm.config.max_sequences,
         "hidden_size": target.config.hidden_size,
+        "learning": llm.config.learn,
     }
