@@ -1,4 +1,4 @@
-"""Learning while serving, for /metrics; nothing where it is off. Not here: the rest (metrics.py)."""
+"""Learning while serving, for /metrics; nothing where it is off. The rest is in metrics.py."""
 
 from collections.abc import Iterator
 from typing import Any
