@@ -225,8 +225,14 @@ class Rig:
         sequence = self.new_sequence()
         self.runner.execute(StepPlan([Work(SEQUENCE, 1, 0)]), {SEQUENCE: sequence})
         plan = StepPlan([Work(SEQUENCE, 1, k)])
-        steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(rounds + 2)]
-        return median(steps[2:])
+        for _ in range(WARM_STEPS):
+            self.runner.execute(plan, {SEQUENCE: sequence})
+        start = time.perf_counter()  # a round has been launched before, and one more is launched
+        for _ in range(rounds):
+            self.runner.execute(plan, {SEQUENCE: sequence})
+        seconds = (time.perf_counter() - start) / rounds
+        assert sequence.stats.n_drafted == (WARM_STEPS + rounds) * k
+        return seconds
 
     def new_sequence(self) -> Sequence:
         """The sequence behind the context, as the engine sees it: greedy, never ending."""

@@ -7,7 +7,7 @@ Shapes: T rows, B sequences, R rows with logits, V vocabulary, H hidden size.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from outdraft.models.registry import Target
 from outdraft.ops.base import Fuses
 from outdraft.ops.record import Recordable, Replayable, record
 from outdraft.ops.reference import pad_rows
+from outdraft.ops.staging import Staging
+from outdraft.speculate.drafter import Scored
 
 MAX_RECORDED_ROWS = 96
 MAX_RECORDINGS = 64
@@ -36,6 +38,23 @@ class Pass:
     hidden_TH: Tensor
     logits_RV: Tensor
     best_R: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Drafts that are on the device only, int32: the tokens of the last rows of a pass.
+
+    `tokens` is as long, and has them when the pass has run. `follow` launches what is to run
+    behind that pass.
+    """
+
+    drafts_K: Tensor
+    tokens: list[int]
+    follow: Callable[[Scored], None] | None = None
+
+    def read(self) -> None:
+        """Wait for the tokens."""
+        self.tokens[:] = self.drafts_K.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +77,8 @@ class TargetPass:
         self.memory = memory
         self.recorder = target.ops if isinstance(target.ops, Recordable) else None
         self.recordings: OrderedDict[tuple[int, int, int], _Recording] = OrderedDict()
-        self.ahead = Ahead()
+        self.staging = Staging(memory.device)
+        self.ahead = Ahead(self.staging)
 
     def run(
         self,
@@ -67,6 +87,7 @@ class TargetPass:
         wanted: list[int],
         *,
         ahead: bool = False,
+        left: Left | None = None,
     ) -> Pass:
         """One pass; `memory.reserve` comes first.
 
@@ -77,10 +98,17 @@ class TargetPass:
             ahead: the next pass will probably have one row a sequence, each with the best token of
                 its row here: where that can be done it is launched at once (`ahead.py`), and the
                 logits of this one are lost.
-            drafts: int32 on the device, the tokens of the last rows, in the place of those given.
+            left: drafts whose tokens are on the device, in the place of those given; they are read
+                with what the pass gave.
         """
+        recorded = self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS
+        if left is not None and not recorded:
+            left.read()
+            tokens = tokens[: -len(left.tokens)] + left.tokens
         numbers = causal_numbers(self.memory, spans, tokens)
-        if self.recorder is not None and len(wanted) == len(tokens) <= MAX_RECORDED_ROWS:
+        if recorded and self.recorder is not None:
+            if left is not None:
+                return self._replay_left(self.recorder, numbers, len(tokens), left)
             return self._replay(self.recorder, numbers, len(tokens), ahead=ahead)
         self.ahead.drop()
         call = CausalCall.of(self.memory, self.ops, numbers)
@@ -112,6 +140,24 @@ class TargetPass:
         elif not recorder.records_all:
             best_T = finite_or_none(recorded.logits_TV, best_T)
         return Pass(recorded.hidden_TH, recorded.logits_TV, best_T.cpu())
+
+    def _replay_left(self, recorder: Recordable, numbers: Tensor, n_rows: int, left: Left) -> Pass:
+        """As `_replay`; between the drafts and what is behind the pass, nothing waits."""
+        self.ahead.drop()
+        recorded = self._recording(recorder, numbers, n_rows, 0)
+        token_T = recorded.call.token_T
+        self.staging.send(numbers, recorded.call.numbers)
+        token_T[-len(left.tokens) :].copy_(left.drafts_K, non_blocking=True)
+        recorded.program.replay()
+        best_T = recorded.best_T
+        if not recorder.records_all:
+            best_T = finite_or_none(recorded.logits_TV, best_T)
+        fetched = self.staging.fetch(token_T, best_T)
+        if left.follow is not None:
+            left.follow(Scored(token_T, best_T, recorded.hidden_TH))
+        tokens_T, best_T = fetched.wait()
+        left.tokens[:] = tokens_T[-len(left.tokens) :].tolist()
+        return Pass(recorded.hidden_TH, recorded.logits_TV, best_T)
 
     def _recording(
         self, recorder: Recordable, numbers: Tensor, n_rows: int, turn: int

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,13 +22,16 @@ from outdraft.engine.decide import (
     NO_DRAFTS,
     Block,
     admissible,
+    check_draft,
     decide,
-    forced_block,
+    forced_blocks,
     goes_on,
+    left_of,
+    may_leave,
     report_prompt,
     reported,
 )
-from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.engine.graphs import Left, Pass, TargetPass
 from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
@@ -36,7 +40,14 @@ from outdraft.engine.stats import Counters, Faults, describe, not_finite
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
-from outdraft.speculate.drafter import Draft, Drafter, ReadsStates, SequenceView, TargetView
+from outdraft.speculate.drafter import (
+    Drafter,
+    LeavesTokens,
+    ReadsStates,
+    Scored,
+    SequenceView,
+    TargetView,
+)
 from outdraft.speculate.verify import Verdict
 
 
@@ -113,7 +124,7 @@ class Runner:
         that says `error`.
         """
         start, n_failed = time.perf_counter(), self._n_failed
-        given = self._forced(plan, sequences)
+        given = forced_blocks(plan.work, sequences)
         proposal = self._propose([w for w in plan.work if w.sequence not in given], sequences)
         proposal.blocks.update(given)
         drafted = time.perf_counter()
@@ -252,18 +263,6 @@ class Runner:
         message = str(error) if isinstance(error, OutdraftError) else describe(error)
         return sequence.abort(FinishReason.ERROR, message)
 
-    def _forced(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> dict[str, Block]:
-        """Blocks of those whose grammar says how they go on; the drafter is not asked for them."""
-        blocks = {}
-        for w in plan.work:
-            try:
-                block = forced_block(sequences[w.sequence], w.n_drafts) if w.n_drafts else None
-            except Exception:  # it comes again where the request fails of it alone
-                block = None
-            if block is not None:
-                blocks[w.sequence] = block
-        return blocks
-
     def _propose(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> _Proposal:
         """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
         nothing = _Proposal(None, {}, {})
@@ -300,30 +299,28 @@ class Runner:
                 for s in asking
             ]
         )
-        draft = drafter.propose(view, max(w.n_drafts for w in work))
+        k = max(w.n_drafts for w in work)
+        leaves = isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences)
+        draft = drafter.leave(view, k) if leaves else drafter.propose(view, k)
         tokens = draft.tokens_BK.tolist()
-        self._check_draft(draft, tokens, len(work))
+        check_draft(draft, tokens, len(work), self.target.config.vocab_size)
         blocks = {}
         for b, w in enumerate(work):
             n = min(w.n_drafts, draft.lengths[b])
             probs = draft.probs[b]
             block = Block(tokens[b][:n], None if probs is None else probs[:n])
+            if draft.left_K is not None:
+                follow = partial(self._follow, view, k) if asking[b].draft_room > k + 1 else None
+                block.left = Left(draft.left_K[:n], block.tokens, follow)
             blocks[w.sequence] = admissible(sequences[w.sequence], block)
         return _Proposal(view, blocks, {})
 
+    def _follow(self, view: TargetView, k: int, scored: Scored) -> None:
+        assert isinstance(self.drafter, LeavesTokens)
+        self._drafter_call(self.drafter.follow, view, k, scored)
+
     def _view(self, views: list[SequenceView]) -> TargetView:
         return TargetView(views, self.memory, self.target.model.embed, self.target.ops)
-
-    def _check_draft(self, draft: Draft, tokens: list[list[int]], n: int) -> None:
-        """A drafter that breaks its own rules must not get as far as the target's pass."""
-        vocab = self.target.config.vocab_size
-        if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
-            raise OutdraftError("the drafter answered for another number of sequences")
-        if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
-            raise OutdraftError("the drafter gave a length that its tokens do not have")
-        for own, k in zip(tokens, draft.lengths, strict=True):
-            if any(not 0 <= token < vocab for token in own[:k]):
-                raise OutdraftError("the drafter gave a token outside the vocabulary")
 
     def _drafter_call(self, call: Callable[..., None], *arguments: object) -> None:
         """Tell the drafter something; what it fails of costs nobody anything."""
@@ -344,6 +341,7 @@ class Runner:
         tokens: list[int] = []
         wanted: list[int] = []
         spans = []
+        left = left_of(work, blocks)
         for w in work:
             sequence = sequences[w.sequence]
             at, first = sequence.n_computed, len(tokens)
@@ -354,7 +352,7 @@ class Runner:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
         ahead = not isinstance(self.drafter, ReadsStates) and goes_on(work, sequences)
-        return self.target_pass.run(tokens, spans, wanted, ahead=ahead)
+        return self.target_pass.run(tokens, spans, wanted, ahead=ahead, left=left)
 
     def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""

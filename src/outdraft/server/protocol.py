@@ -5,10 +5,12 @@ bodies (guard.py).
 """
 
 import asyncio
+import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from outdraft.server.guard import VISIT, Visit
 from outdraft.server.limits import Limits
 from outdraft.server.sse import ABORT_KEY
 
@@ -80,6 +82,9 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.disarm()
+            visit = None if self.cycle is None else self.cycle.scope.get(VISIT)
+            if isinstance(visit, Visit):
+                visit.left_at = time.monotonic()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:

@@ -97,6 +97,7 @@ class Service:
             detail=detail,
             store=request.store is not False,
             adapt=None if use is None else partial(self.dialect.params, use),
+            left_at=lambda: visit.left_at,
         )
 
     def token_text(self, token: int) -> str:
