@@ -100,8 +100,13 @@ def learning(
             answers, share = measure({OFF: off, ON: on}, find_learner(os.getpid()), asked, pause_s)
     rows = summarise(answers)
     if as_json:
-        report = {"rows": rows, "learner_ran": share, "identical": same}
-        typer.echo(json.dumps({**report, **describe_machine(), **describe_version()}, indent=2))
+        report = {
+            "rows": rows,
+            "learner_ran": share,
+            "identical": same,
+            "machine": describe_machine(),
+        }
+        typer.echo(json.dumps({**report, **describe_version()}, indent=2))
         return
     table = new_table("learning in pauses", ["off, ms", "on, ms", "ratio", "of pairs (quartiles)"])
     for row in rows:
