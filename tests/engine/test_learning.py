@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -160,14 +161,30 @@ def test_tokens_are_the_same_across_exchanges(
         found = stats(llm)
         assert (found.n_swaps, found.n_candidates, found.version) == (2, 2, 1)
         assert (found.live, found.candidate, found.n_steps) == (1.0, 2.0, 1)
-        drafter = llm.pairing.drafter
-        done = llm.generate(PROMPT, params)
-        assert done.tokens == plain and done.stats.n_drafted > 0
-        assert llm.pairing.drafter is drafter and llm.runner.faults.n_drafter == 0
-        with LLM(
-            str(models / "target"), EngineConfig(assistant=str(models / "other"), draft_n=3)
-        ) as alone:
-            assert alone.generate(PROMPT, params).stats == done.stats
+        drafts, tokens = drafts_and_tokens(llm, params)
+        assert tokens == plain and llm.runner.faults.n_drafter == 0
+        for name in ("stock", "other"):
+            config = EngineConfig(assistant=str(models / name), draft_n=3)
+            with LLM(str(models / "target"), config) as alone:
+                found = drafts_and_tokens(alone, params)
+            assert found[1] == plain and (found[0] == drafts) is (name == "other")
+
+
+def drafts_and_tokens(llm: LLM, params: SamplingParams) -> tuple[list[list[int]], list[int]]:
+    """All drafts of a request, and what was emitted."""
+    drafter: Any = llm.pairing.drafter
+    drafts: list[list[int]] = []
+    own = drafter.propose
+
+    def propose(view: object, k: int) -> Any:
+        draft = own(view, k)
+        drafts.extend(draft.tokens_BK.tolist())
+        return draft
+
+    drafter.propose = propose
+    tokens = llm.generate(PROMPT, params).tokens
+    del drafter.propose
+    return drafts, tokens
 
 
 def plain_tokens(models: Path, params: SamplingParams) -> list[int]:
@@ -309,11 +326,11 @@ def test_it_begins_with_the_newest_drafter_that_is_whole(
     with learns(models, monkeypatch, "back", learn_dir=str(tmp_path)) as llm:
         assert stats(llm).version == 1
         assert "passed over" in llm.loading.notes[-1]
-        first = llm.generate(PROMPT, PARAMS)
+        first = drafts_and_tokens(llm, PARAMS)
         with LLM(
             str(models / "target"), EngineConfig(assistant=str(models / "other"), draft_n=3)
         ) as alone:
-            assert alone.generate(PROMPT, PARAMS).stats == first.stats
+            assert drafts_and_tokens(alone, PARAMS) == first
         until(lambda: stats(llm).n_rollbacks == 1)  # to the one that was loaded
         assert stats(llm).version == 0
     other = fingerprint(models / "target", models / "third", "")

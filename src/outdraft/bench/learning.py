@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,13 +25,17 @@ _CLOCK_HZ = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request: from sending it to its first text, and from there to its end, by pass."""
+    """One request: from sending it to its first text, and from there to its end, by pass.
+
+    `learned_s`: processor time of the learner in the pause before it.
+    """
 
     where: str
     round: int
     first_ms: float
     pass_ms: float
     total_ms: float
+    learned_s: float = 0.0
 
 
 class Timed(Connection):
@@ -93,9 +97,9 @@ def cpu_seconds(pid: int) -> float:
 
 def measure(
     ports: dict[str, int], learner: int, requests: Sequence[Asked], pause_s: float
-) -> tuple[list[Answer], float]:
-    """Each request of each server, who is first in turn; and the learner's share of its pauses."""
-    answers, ran_s = [], 0.0
+) -> list[Answer]:
+    """Each request of each server, who is first in turn."""
+    answers = []
     connections = {where: Timed(port) for where, port in ports.items()}
     try:
         for i, asked in enumerate(requests):
@@ -103,13 +107,19 @@ def measure(
                 os.kill(learner, signal.SIGCONT if where == ON else signal.SIGSTOP)
                 before_s = cpu_seconds(learner)
                 time.sleep(pause_s)
-                if where == ON:
-                    ran_s += cpu_seconds(learner) - before_s
-                answers.append(ask_once(connections[where], where, i, asked))
+                ran_s = cpu_seconds(learner) - before_s
+                answer = ask_once(connections[where], where, i, asked)
+                answers.append(replace(answer, learned_s=ran_s))
     finally:
         for connection in connections.values():
             connection.socket.close()
-    return answers, ran_s / (pause_s * len(requests))
+    return answers
+
+
+def while_learning(answers: Sequence[Answer], pause_s: float) -> list[Answer]:
+    """Of the rounds in which the learner computed for at least half of its pause."""
+    rounds = {a.round for a in answers if a.where == ON and a.learned_s >= pause_s / 2}
+    return [a for a in answers if a.round in rounds]
 
 
 def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:

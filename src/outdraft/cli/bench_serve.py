@@ -42,6 +42,7 @@ def bench_serve(
     max_tokens: Annotated[int, typer.Option(min=4, help="Most tokens of an answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and lengths.")] = 0,
+    assistant: options.Assistant = None,
     spec_draft_n: options.DraftFixed = None,
     quant: options.Bits = "auto",
     threads: options.Threads = None,
@@ -70,6 +71,7 @@ def bench_serve(
     given = ["--parallel", str(wanted[-1]), "--quant", quant]
     given += [] if threads is None else ["--threads", str(threads)]
     given += [] if spec_draft_n is None else ["--spec-draft-n", str(spec_draft_n)]
+    given += [] if assistant is None else ["--assistant", assistant]
     if learn:
         learning(model, given, asked, pause, as_json=as_json)
         return
@@ -88,7 +90,7 @@ def learning(
     model: str, given: Sequence[str], asked: "Sequence[Asked]", pause_s: float, *, as_json: bool
 ) -> None:
     """What learning while serving costs requests."""
-    from outdraft.bench.learning import OFF, ON, find_learner, measure, summarise
+    from outdraft.bench.learning import OFF, ON, find_learner, measure, summarise, while_learning
     from outdraft.bench.machine import describe_machine, describe_version
     from outdraft.bench.serve import ask_all
 
@@ -97,12 +99,15 @@ def learning(
         same = ask_all(off, asked, 1)[2] == ask_all(on, asked, 1)[2]  # and something to learn from
         time.sleep(START_LEARNING_S)
         with remarks().status("measuring"):
-            answers, share = measure({OFF: off, ON: on}, find_learner(os.getpid()), asked, pause_s)
-    rows = summarise(answers)
+            answers = measure({OFF: off, ON: on}, find_learner(os.getpid()), asked, pause_s)
+    counted = while_learning(answers, pause_s)
+    if len(counted) < 8:
+        raise OutdraftError("the learner had too little to do", "give more --requests")
+    rows, n_rounds = summarise(counted), len(counted) // 2
     if as_json:
         report = {
             "rows": rows,
-            "learner_ran": share,
+            "rounds": n_rounds,
             "identical": same,
             "machine": describe_machine(),
         }
@@ -119,7 +124,7 @@ def learning(
             f"{row['ratio']:.3f} ({low:.3f}-{high:.3f})",
         )
     results().print(table)
-    remark(f"the learner computed in {100 * share:.0f} % of the time of its pauses")
+    remark(f"{n_rounds} of {len(asked)} requests, those behind a pause in which it learned")
     remark("texts are the same" if same else "TEXTS DIFFER")
 
 
