@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from outdraft.server.protocol import HELD_BYTES, Gathered
 from outdraft.server.wire import MAX_FRAME_BYTES, Frames, pack, receive, receive_async
+from tests.server.live import run
 
 T = TypeVar("T")
 VALUES = st.recursive(
@@ -36,10 +37,10 @@ def some_messages(rng: random.Random) -> list[Message]:
 def in_loop(work: Callable[[], T]) -> T:
     """`work` within an event loop."""
 
-    async def run() -> T:
+    async def working() -> T:
         return work()
 
-    return asyncio.run(run())
+    return run(working())
 
 
 def heard_in(pieces: list[bytes]) -> list[Message]:
@@ -157,7 +158,7 @@ def test_the_blocking_and_the_awaited_end_hear_the_same(
             heard.append(message)
         return heard
 
-    assert blocking() == asyncio.run(awaited()) == heard_in(pieces)
+    assert blocking() == run(awaited()) == heard_in(pieces)
 
 
 class Sink:
@@ -204,7 +205,7 @@ def test_gathered_writes_are_the_same_bytes(turns: list[list[int]], seed: int) -
             assert b"".join(sink.writes[n_before:]) == b"".join(turn)
         assert b"".join(sink.writes) == b"".join(b"".join(turn) for turn in data)
 
-    asyncio.run(work())
+    run(work())
 
 
 def test_gathered_bytes_go_out_before_the_end() -> None:
@@ -221,7 +222,7 @@ def test_gathered_bytes_go_out_before_the_end() -> None:
         await asyncio.sleep(0)
         assert sink.writes == [b"ab"]
 
-    asyncio.run(work())
+    run(work())
 
 
 def test_what_a_connection_that_broke_still_holds_is_dropped() -> None:
@@ -233,4 +234,4 @@ def test_what_a_connection_that_broke_still_holds_is_dropped() -> None:
         await asyncio.sleep(0)
         assert sink.writes == []
 
-    asyncio.run(work())
+    run(work())
