@@ -281,8 +281,13 @@ def test_one_that_always_dies_is_left_alone(models: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(learning, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(learning, "MOST_DEATHS", 3)
     with learns(models, monkeypatch, "die") as llm:
+        own = llm.learning
+        assert isinstance(own, Learning)
+        left = own.directory / "version-000001"  # of one that died; the next takes the same name
+        left.mkdir()
         llm.generate(PROMPT, PARAMS)
         until(lambda: stats(llm).state == "failed")
+        assert not left.exists()
         assert stats(llm).n_restarts == 2
         assert llm.generate(PROMPT, PARAMS).error is None
         assert stats(llm).n_texts == 2

@@ -302,6 +302,11 @@ def test_drafters_are_kept_and_rolled_back_ones_are_not(
     own.hear({"op": "live", "number": 2})  # the engine went back
     assert [p.name for p in kept(place)] == ["000002"]
     own.llm.__exit__()
+    again = order(pair, work_place, learn_dir=str(folder)) | {"live": str(place / "000002")}
+    own = Learner(again | {"number": 1})
+    own.hear({"op": "live", "number": 0})  # back to the one that was loaded
+    assert not list(kept(place))
+    own.llm.__exit__()
 
 
 def ruin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from outdraft.weights.config import CONFIG_NAME
 from outdraft.weights.loading import Loading
 
 COMMAND = (sys.executable, "-m", "outdraft.train.learner")
+MOST_DRAFTS = 8
+"""Of a round in training and in comparisons."""
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -49,7 +51,7 @@ def begin_learning(
         "model": str(target.path.absolute()),
         "config": asdict(own),
         "stock": str(stock.absolute()),
-        "draft_n": max(1, pairing.n_draft_max),
+        "draft_n": min(max(1, pairing.n_draft_max), MOST_DRAFTS),
         "buffer_bytes": config.learn_mb * 10**6,
     }
     if config.learn_dir is not None:

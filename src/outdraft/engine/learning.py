@@ -240,6 +240,7 @@ class Learning:
         return None
 
     def _start(self) -> None:
+        self._clean()
         ours, theirs = socket.socketpair()
         with theirs:
             # A group of its own in our session: were we to die while it is stopped, the kernel
@@ -337,10 +338,14 @@ class Learning:
         else:
             self.previous, self.live = replace(self.live, network=old), version
             self._stats.n_swaps += 1
+        self._clean()
+        self._tell_live()
+
+    def _clean(self) -> None:
+        """Remove drafters that are not in use any more, and what a learner left that died."""
         for path in self.directory.iterdir():
             if path not in (self.live.path, self.previous.path):
                 shutil.rmtree(path, ignore_errors=True)
-        self._tell_live()
 
     def _tell_live(self) -> None:
         self._outgoing += _line({"op": "live", "number": self.live.number})
@@ -360,6 +365,7 @@ class Learning:
     def _end_process(self) -> None:
         with self._quiet:
             process, self._process, self._running = self._process, None, False
+            self._pending = None  # the next learner would know nothing of it
         if self._socket is not None:
             self._selector.unregister(self._socket)
             self._socket.close()

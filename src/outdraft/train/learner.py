@@ -103,6 +103,8 @@ class Learner:
         self.n_draft: int = order["draft_n"]
         self.assistant, _ = assistant_leaves(self.stock)
         self.live = self.read(Path(order["live"]), order["number"])
+        if self.keep is not None and Path(order["live"]).parent == self.keep:
+            self.kept[order["number"]] = Path(order["live"])
         before = order["previous"] if order["previous"] != order["live"] else None
         self.previous = None if before is None else self.read(Path(before), -1)
         self.candidate: Version | None = None
