@@ -72,6 +72,11 @@ static inline void prepare_groups(const PrepareArgs& a, int64_t row, uint8_t* ou
   }
 }
 
+static inline void prepare_groups(const PrepareArgs& a, int64_t row, uint8_t* out) {
+  a.x.dtype == DType::f32 ? prepare_groups<DType::f32>(a, row, out)
+                          : prepare_groups<DType::bf16>(a, row, out);
+}
+
 template <DType kType>
 static inline void prepare_row(const PrepareArgs& a, int64_t row, uint8_t* out) {
   int32_t sum;
@@ -89,7 +94,7 @@ static void prepare(const PrepareArgs& a, const Worker& worker) {
     if (a.format == Format::bf16) {
       prepare_floats(a, row, reinterpret_cast<float*>(out));
     } else if (a.format == Format::w4) {
-      f32 ? prepare_groups<DType::f32>(a, row, out) : prepare_groups<DType::bf16>(a, row, out);
+      prepare_groups(a, row, out);
     } else {
       f32 ? prepare_row<DType::f32>(a, row, out) : prepare_row<DType::bf16>(a, row, out);
     }
