@@ -81,10 +81,10 @@ def run(llm: LLM, prompts: list[list[int]], n_new: int, **options: Any) -> list[
 def test_rounds_follow_passes_and_change_nothing(llm: LLM) -> None:
     prompts = [[2, 40, 41, 50], [2, 99]]
     llm.set_draft_n_max(0)
-    plain = run(llm, prompts[:1], 6)
+    plain = run(llm, prompts[:1], 8)
     drafter: Any = llm.runner.drafter
     llm.set_draft_n_max(3)
-    assert run(llm, prompts[:1], 6) == plain and drafter.n_flown > 1
+    assert run(llm, prompts[:1], 8) == plain and drafter.n_flown > 1
     n_flown = drafter.n_flown
     assert run(llm, prompts, 3)[0] == plain[0][:3]  # of several, none is left
     drawn = run(llm, prompts[:1], 2, temperature=1.0)
