@@ -1,5 +1,8 @@
 """What a step costs, from measurements: passes by rows, draft rounds by sequences and depth.
 
+A pass costs what its rows cost one sequence, and the same for each further sequence, whose keys and
+values are read. Matrix products take rows in tiles, so a few rows more can cost less.
+
 Costs are kept in the machine's usual speed. Every pass of a known size says how fast the machine is
 just now, and the median of the passes around it is divided out before sizes learn from it. So a
 disturbance, or a machine that slows down for a while, changes no choice. No tensors, no clocks.
@@ -19,6 +22,7 @@ OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
 FADE = 0.95  # a looked-at step without drafts
 SPEED_STEPS = 11
 ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
+TOOTH = 1.2  # fewer rows may cost so many times what more rows do: a tile that is not full
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
 
 
@@ -58,11 +62,12 @@ class RowCosts:
             self._line(n_rows, above)
 
     def straighten(self) -> None:
-        """Fewer rows cost no more than many: what says otherwise was disturbed."""
+        """Fewer rows cost hardly more than many: what says otherwise was disturbed."""
         lowest = float("inf")
         for size in reversed(self.sizes):
             lowest = min(lowest, self._at[size])
-            self.set(size, lowest)
+            if self._at[size] > TOOTH * lowest:
+                self.set(size, lowest)
 
     def _line(self, low: int, high: int) -> None:
         step = (self._at[high] - self._at[low]) / (high - low)
@@ -133,7 +138,9 @@ class StepModel:
         self._n_rounds = 0
         self._round_extra_s = ByBatch(0.0)
         self._rests = ByBatch(0.0)
-        self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
+        self._drafted_rests = ByBatch(0.0)
+        self._sequence_s = 0.0
+        self._steps: deque[tuple[int, float, float, float]] = deque(maxlen=SPEED_STEPS)
         self._speed = 1.0
         self._n_passes = 0
         self._measured = False
@@ -154,7 +161,8 @@ class StepModel:
     def at(self, n_sequences: int, n_rows: int, n_drafting: int = 0, depth: int = 0) -> float:
         """Seconds of a step at the usual speed; `n_drafting` sequences are in the draft round."""
         draft_s = self.draft_s(n_drafting, depth) if depth else 0.0
-        return self.pass_s(n_rows) + draft_s + self.rest_s(n_sequences)
+        rest_s = self.rest_s(n_sequences, drafted=n_rows > n_sequences)
+        return self.pass_s(n_rows, n_sequences) + draft_s + rest_s
 
     def draft_s(self, n_drafting: int, depth: int) -> float:
         """Of a draft round."""
@@ -165,15 +173,17 @@ class StepModel:
             self._draft_s[n_drafting, depth] = found
         return found
 
-    def rest_s(self, n_sequences: int) -> float:
-        """Of what follows a pass."""
+    def rest_s(self, n_sequences: int, *, drafted: bool = False) -> float:
+        """Of what follows a pass: it takes longer where more tokens come of it."""
+        if drafted and n_sequences in self._drafted_rests:
+            return self._drafted_rests.at(n_sequences)
         return self._rests.at(n_sequences)
 
-    def pass_s(self, n_rows: int) -> float:
+    def pass_s(self, n_rows: int, n_sequences: int = 1) -> float:
         """Of a pass: what was measured first, times what was learned about sizes like it."""
         while n_rows >= len(self._pass_s):
             self._pass_s.append(self._corrected(len(self._pass_s)))
-        return self._pass_s[n_rows]
+        return self._pass_s[n_rows] + (n_sequences - 1) * self._sequence_s
 
     def _corrected(self, n_rows: int) -> float:
         i, share = self._place(n_rows)
@@ -188,8 +198,9 @@ class StepModel:
             self._n_seen.append(0.0)
         return int(at), at - int(at)
 
-    def observe_pass(self, n_rows: int, seconds: float) -> None:
+    def observe_pass(self, n_rows: int, seconds: float, n_sequences: int = 1) -> None:
         """A pass of so many rows took so long."""
+        others_s = (n_sequences - 1) * self._sequence_s
         if n_rows not in self.passes and not self._measured:
             self.passes.set(n_rows, seconds / self._speed)
             self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows))
@@ -198,18 +209,21 @@ class StepModel:
         self._n_passes += 1
         if self._n_passes % LOOK_EVERY:
             return
-        self._steps.append((n_rows, seconds, seconds / self.pass_s(n_rows)))
-        self._speed = median(ratio for _, _, ratio in self._steps)
+        expected_s = self.pass_s(n_rows, n_sequences)
+        self._steps.append((n_rows, seconds, others_s, seconds / expected_s))
+        self._speed = median(ratio for *_, ratio in self._steps)
         if len(self._steps) < SPEED_STEPS:
             return
-        n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]  # both sides of the middle are known
-        others = [ratio for size, _, ratio in self._steps if size != n_rows]
+        # Both sides of the middle are known.
+        n_rows, seconds, others_s, _ = self._steps[SPEED_STEPS // 2]
+        others = [ratio for size, _, _, ratio in self._steps if size != n_rows]
         speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
             self._n_seen = [0.0] * len(self._n_seen)
             self._round_extra_s.doubt()
-        self._learn(n_rows, seconds / speed / self.pass_s(n_rows))
+        own_s = self.pass_s(n_rows)
+        self._learn(n_rows, max(0.0, seconds / speed - others_s) / own_s)
 
     def _learn(self, n_rows: int, ratio: float) -> None:
         i, share = self._place(n_rows)
@@ -232,6 +246,27 @@ class StepModel:
         self._measured = len(passes) > 1
         self._pass_s.clear()
 
+    def measured_batches(self, passes: Mapping[tuple[int, int], float]) -> None:
+        """Seconds of passes by sequences and rows, all measured at one time.
+
+        What a further sequence costs is seen where as many rows are of fewer and of more sequences.
+        """
+        by_rows: dict[int, dict[int, float]] = {}
+        for (n_sequences, n_rows), seconds in passes.items():
+            by_rows.setdefault(n_rows, {})[n_sequences] = seconds
+        slopes = [
+            (of[max(of)] - of[min(of)]) / (max(of) - min(of))
+            for of in by_rows.values()
+            if len(of) > 1
+        ]
+        sequence_s = max(0.0, median(slopes)) if slopes else 0.0
+        own = {
+            n_rows: max(0.0, min(s - (n - 1) * sequence_s for n, s in of.items()))
+            for n_rows, of in by_rows.items()
+        }
+        self.measured(own)
+        self._sequence_s = sequence_s
+
     def whole_step(self, n_drafts: int, draft_s: float, other_s: float) -> None:
         """A step of one sequence takes so long, its draft round apart; nothing follows its pass."""
         self.passes.set(1 + n_drafts, other_s)
@@ -246,6 +281,7 @@ class StepModel:
         self._steps.clear()
         self._draft_s.clear()
         self._round_extra_s, self._rests = ByBatch(0.0), ByBatch(0.0)
+        self._drafted_rests, self._sequence_s = ByBatch(0.0), 0.0
 
     def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
         """A draft round took so long.
@@ -272,10 +308,11 @@ class StepModel:
         self._round_extra_s.fade(n_sequences)
         self._draft_s.clear()
 
-    def observe_rest(self, n_sequences: int, seconds: float) -> None:
+    def observe_rest(self, n_sequences: int, seconds: float, *, drafted: bool = False) -> None:
         """What followed a pass took so long."""
-        usual, own_s = self._rests.at(n_sequences), seconds / self._speed
-        self._rests.observe(n_sequences, min(own_s, OUTLIER * usual) if usual else own_s)
+        rests = self._drafted_rests if drafted else self._rests
+        usual, own_s = self.rest_s(n_sequences, drafted=drafted), seconds / self._speed
+        rests.observe(n_sequences, min(own_s, OUTLIER * usual) if usual else own_s)
 
 
 class ByBatch:
@@ -285,6 +322,9 @@ class ByBatch:
         self.unknown = unknown
         self._mean: dict[int, float] = {}
         self._n_seen: dict[int, int] = {}
+
+    def __contains__(self, n_sequences: int) -> bool:
+        return n_sequences.bit_length() in self._mean
 
     def at(self, n_sequences: int) -> float:
         """Of the nearest size that was seen."""

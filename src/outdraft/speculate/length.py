@@ -1,8 +1,8 @@
 """How many tokens to draft for each sequence of a batch, and from which source. No tensors.
 
-The rate to maximise is expected tokens over expected seconds of one step. Drafts are added in the
-order of their expected gain, and the best rate on the way is kept, so that a step in the cost
-curve does not stop it. Acceptance is counted apart by source (a model's guesses, matches in the
+The rate to maximise is expected tokens over expected seconds of one step. For every depth of the
+draft round, drafts are added in the order of their expected gain, and the best rate of all is kept,
+so that a step in the cost curve does not stop it. Acceptance is counted apart by source (a model's guesses, matches in the
 text by their length). Only what was seen up to the first rejection is used. Not here: measuring
 time, costs (costs.py), or drafting.
 """
@@ -17,7 +17,7 @@ FADE = 0.99
 PRIOR = 0.6
 PRIOR_WEIGHT = 4.0
 PROBE_SHARE = 0.01
-USES = 8  # a choice for many sequences serves so many steps, for one sequence two
+USES = 8  # steps that a choice serves
 OWN_ENOUGH = 16.0  # blocks of its own, from which on what others do changes little
 MARGIN = 1.01  # drafting must promise so much more than plain decoding
 BATCH_MARGIN = 1.02  # and so much in a batch, where choosing itself takes longer
@@ -87,6 +87,8 @@ class LengthController:
         self._sources: dict[str, set[str]] = {}
         self._last: tuple[list[tuple[str, Sequence[str]]], list[Choice]] = ([], [])
         self._uses_left = 0
+        self.promise = 1.0
+        """Expected tokens per second of the last choice, over those of plain decoding."""
         self._total_s = 0.0
         self._probe_s = 0.0
 
@@ -114,13 +116,13 @@ class LengthController:
         rest_s: float | None = None,
     ) -> None:
         """Seconds of one decoding step of `n_rows`; `n_drafting` sequences drafted `depth` deep."""
-        self.costs.observe_pass(n_rows, pass_s)
+        self.costs.observe_pass(n_rows, pass_s, n_sequences)
         if n_drafting > 0 and depth > 0:
             self.costs.observe_round(n_drafting, depth, draft_s)
         else:
             self.costs.fade_round(n_sequences)
         if rest_s is not None:
-            self.costs.observe_rest(n_sequences, rest_s)
+            self.costs.observe_rest(n_sequences, rest_s, drafted=n_rows > n_sequences)
         self._total_s += pass_s + draft_s
 
     def passed(self, seconds: float) -> None:
@@ -148,7 +150,7 @@ class LengthController:
         lengths = self._best(gains, [not s.startswith(FREE) for s in sources])
         probed = not any(lengths) and self._probe(lengths, sources)
         choices = [Choice(k, s) for k, s in zip(lengths, sources, strict=True)]
-        self._last, self._uses_left = (list(sequences), choices), 0 if probed else min(n, USES - 1)
+        self._last, self._uses_left = (list(sequences), choices), 0 if probed else USES - 1
         return choices
 
     def _probe(self, lengths: list[int], sources: list[str]) -> bool:
@@ -166,26 +168,39 @@ class LengthController:
 
     def _best(self, gains: list[list[float]], modelled: list[bool]) -> list[int]:
         """Lengths of the best rate; `modelled` are those whose drafts need a draft round."""
-        n, pass_s, draft_s = len(gains), self.costs.pass_s, self.costs.draft_s
-        rest_s = self.costs.rest_s(n)
+        n, costs = len(gains), self.costs
         # A gain is never larger than the one before it, so the order keeps each sequence's own.
         order = sorted((-g, j, i) for i, own in enumerate(gains) for j, g in enumerate(own))
-        expected, n_drafting, depth, best_m = float(n), 0, 0, 0
-        margin = MARGIN if n == 1 else BATCH_MARGIN
-        best_rate, round_s = margin * expected / (pass_s(n) + rest_s), 0.0
-        for m, (gain, j, i) in enumerate(order, 1):
-            expected -= gain
-            if modelled[i] and (j == 0 or j >= depth):
-                n_drafting += j == 0
-                depth = max(depth, j + 1)
-                round_s = draft_s(n_drafting, depth)
-            rate = expected / (pass_s(n + m) + round_s + rest_s)
-            if rate > best_rate and (is_usual(n + m) or m == len(order)):
-                best_m, best_rate = m, rate
+        plain = n / costs.at(n, n)
+        best: list[tuple[float, int, int]] = []
+        best_rate = (MARGIN if n == 1 else BATCH_MARGIN) * plain
+        for depth in range(int(all(modelled)), self.n_draft_max + 1):
+            own = [d for d in order if d[1] < depth or not modelled[d[2]]]
+            m, rate = self._best_of(n, depth, own, modelled)
+            if rate > best_rate:
+                best, best_rate = own[:m], rate
+        self.promise = best_rate / plain if best else 1.0
         lengths = [0] * n
-        for _, j, i in order[:best_m]:
+        for _, j, i in best:
             lengths[i] = max(lengths[i], j + 1)
         return lengths
+
+    def _best_of(
+        self, n: int, depth: int, order: list[tuple[float, int, int]], modelled: list[bool]
+    ) -> tuple[int, float]:
+        """How many drafts of this order promise most in a round of this depth, and what."""
+        costs, rest_s = self.costs, self.costs.rest_s(n, drafted=True)
+        expected, n_drafting, best_m, best_rate, round_s = float(n), 0, 0, 0.0, 0.0
+        for m, (gain, j, i) in enumerate(order, 1):
+            expected -= gain
+            if j == 0 and modelled[i]:
+                n_drafting += 1
+                round_s = costs.draft_s(n_drafting, depth)
+            if is_usual(n + m) or m == len(order):
+                rate = expected / (costs.pass_s(n + m, n) + round_s + rest_s)
+                if rate > best_rate:
+                    best_m, best_rate = m, rate
+        return best_m, best_rate
 
     def _source(self, sequence: str, sources: Sequence[str], n: int) -> str:
         """The source of the best rate, were all of the batch like this one; '' if there is none."""
