@@ -26,8 +26,8 @@ from outdraft.speculate.length import LengthController, is_usual
 
 SCRATCH = "cost measurement"
 CONTEXT = 256
-BUDGET_S = 0.6
-RECORD_S = 0.3
+BUDGET_S = 0.7
+RECORD_S = 0.4
 GRAPH_BUDGET_S = 6.0  # where a call runs and is captured before it can be replayed
 REPEATS = 2
 SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
@@ -78,7 +78,8 @@ def measure_costs(
             if len(names) < n:
                 continue
             for k in n_drafts:
-                pass_s = _measure(partial(_verify, bench, names, n * (k + 1)), deadline)
+                call = partial(_verify, bench, names, n * (k + 1))
+                pass_s = _measure(call, deadline, repeats=1)
                 if pass_s is None:
                     return len(passes)
                 passes[n, n * (k + 1)] = pass_s
@@ -87,12 +88,14 @@ def measure_costs(
                 _measure_rounds(kinds, bench, names, context, n_draft_max, deadline)
                 measured.append(names)
         for (n, n_rows), pass_s in passes.items():  # again, since a disturbance lasts for a while
-            again = _measure(partial(_verify, bench, opened[:n], n_rows), deadline)
+            call = partial(_verify, bench, opened[:n], n_rows)
+            again = _measure(call, deadline, repeats=1)
             passes[n, n_rows] = min(pass_s, again or pass_s)
         for names in measured[1:]:
             _measure_rounds(drawn, bench, names, context, n_draft_max, deadline)
         if time.perf_counter() < deadline:  # not a slow model
-            _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
+            deadline = start + budget_s + RECORD_S
+            passes = _record(bench, opened, n_draft_max, context, deadline) | passes
     except Exception:
         return len(passes)
     finally:
@@ -107,21 +110,24 @@ def measure_costs(
 
 def _record(
     bench: Bench, names: list[str], n_draft_max: int, context: int, deadline: float
-) -> None:
-    """Run the sizes that were not measured once: the first time of a size is slow."""
+) -> dict[tuple[int, int], float]:
+    """Run all sizes once: the first time of a size is slow. What passes cost behind that."""
+    found: dict[tuple[int, int], float] = {}
     most = min(MAX_RECORDED_ROWS, len(names) * (n_draft_max + 1))
     for n_rows in filter(is_usual, range(1, most + 1)):
-        if time.perf_counter() > deadline:
-            return
-        _verify(bench, names, n_rows)
+        pass_s = _measure(partial(_verify, bench, names, n_rows), deadline, repeats=1)
+        if pass_s is None:
+            return found
+        found[min(n_rows, len(names)), n_rows] = pass_s
     hidden_H = _verify(bench, names, 1).hidden_TH[0].clone()
     for n in range(1, len(names) + 1):
         view = _view(bench, names[:n], SamplingParams(), context, hidden_H)
         for depth in range(1, n_draft_max + 1):
             if time.perf_counter() > deadline:
-                return
+                return found
             _give_states(bench, view, hidden_H[None])
             bench.drafter.propose(view, depth)
+    return found
 
 
 def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
@@ -243,14 +249,17 @@ def _verify(bench: Bench, names: list[str], n_rows: int) -> Pass:
 
 
 def _measure(
-    call: Callable[[], object], deadline: float, between: Callable[[], object] = lambda: None
+    call: Callable[[], object],
+    deadline: float,
+    between: Callable[[], object] = lambda: None,
+    repeats: int = REPEATS,
 ) -> float | None:
     """Seconds of a call after its first time; None where the time left does not allow it."""
     start = time.perf_counter()
     between()
     call()  # records
     first_s = time.perf_counter() - start
-    repeats = REPEATS if first_s < SLOW_S else 1
+    repeats = repeats if first_s < SLOW_S else 1
     if time.perf_counter() + repeats * first_s > deadline:
         return None
     times = []

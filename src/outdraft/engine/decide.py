@@ -15,11 +15,13 @@ from torch import Tensor
 
 from outdraft.engine.plan import Work
 from outdraft.engine.sequence import Sequence
+from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.ops.reference import pad_rows
 from outdraft.request import Logprobs
 from outdraft.sampling.logits import candidates, distribution, greedy, logprobs
 from outdraft.sampling.sampler import Purpose, sample, uniform
+from outdraft.speculate.drafter import Draft
 from outdraft.speculate.verify import Verdict, verify_block, verify_own
 
 
@@ -70,6 +72,21 @@ def admissible(sequence: Sequence, block: Block) -> Block:
     if block.probs_KV is None:
         return replace(block, tokens=block.tokens[:n])
     return Block(block.tokens[: n + 1], block.probs_KV[: n + 1])
+
+
+def check_draft(draft: Draft, tokens: list[list[int]], n: int, vocab: int) -> None:
+    """A drafter that breaks its own rules must not get as far as the target's pass.
+
+    Raises:
+        OutdraftError: it has.
+    """
+    if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
+        raise OutdraftError("the drafter answered for another number of sequences")
+    if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
+        raise OutdraftError("the drafter gave a length that its tokens do not have")
+    for own, k in zip(tokens, draft.lengths, strict=True):
+        if any(not 0 <= token < vocab for token in own[:k]):
+            raise OutdraftError("the drafter gave a token outside the vocabulary")
 
 
 def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int]) -> Verdict:

@@ -21,6 +21,7 @@ from outdraft.engine.decide import (
     NO_DRAFTS,
     Block,
     admissible,
+    check_draft,
     decide,
     forced_block,
     goes_on,
@@ -36,7 +37,7 @@ from outdraft.engine.stats import Counters, Faults, describe, not_finite
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
-from outdraft.speculate.drafter import Draft, Drafter, ReadsStates, SequenceView, TargetView
+from outdraft.speculate.drafter import Drafter, ReadsStates, SequenceView, TargetView
 from outdraft.speculate.verify import Verdict
 
 
@@ -302,10 +303,12 @@ class Runner:
         )
         draft = drafter.propose(view, max(w.n_drafts for w in work))
         tokens = draft.tokens_BK.tolist()
-        self._check_draft(draft, tokens, len(work))
+        check_draft(draft, tokens, len(work), self.target.config.vocab_size)
         blocks = {}
-        for b, w in enumerate(work):
-            n = min(w.n_drafts, draft.lengths[b])
+        lengths = [min(w.n_drafts, n) for w, n in zip(work, draft.lengths, strict=True)]
+        if self.lengths is not None:
+            lengths = self.lengths.worth_verifying(asking, lengths, draft)
+        for b, (w, n) in enumerate(zip(work, lengths, strict=True)):
             probs = draft.probs[b]
             block = Block(tokens[b][:n], None if probs is None else probs[:n])
             blocks[w.sequence] = admissible(sequences[w.sequence], block)
@@ -313,17 +316,6 @@ class Runner:
 
     def _view(self, views: list[SequenceView]) -> TargetView:
         return TargetView(views, self.memory, self.target.model.embed, self.target.ops)
-
-    def _check_draft(self, draft: Draft, tokens: list[list[int]], n: int) -> None:
-        """A drafter that breaks its own rules must not get as far as the target's pass."""
-        vocab = self.target.config.vocab_size
-        if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
-            raise OutdraftError("the drafter answered for another number of sequences")
-        if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
-            raise OutdraftError("the drafter gave a length that its tokens do not have")
-        for own, k in zip(tokens, draft.lengths, strict=True):
-            if any(not 0 <= token < vocab for token in own[:k]):
-                raise OutdraftError("the drafter gave a token outside the vocabulary")
 
     def _drafter_call(self, call: Callable[..., None], *arguments: object) -> None:
         """Tell the drafter something; what it fails of costs nobody anything."""

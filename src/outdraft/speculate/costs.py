@@ -22,7 +22,7 @@ OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
 FADE = 0.95  # a looked-at step without drafts
 SPEED_STEPS = 11
 ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
-TOOTH = 1.2  # fewer rows may cost so many times what more rows do: a tile that is not full
+TOOTH = 1.3  # fewer rows may cost so many times what more rows do: a tile that is not full
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
 
 
