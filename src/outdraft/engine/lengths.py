@@ -44,6 +44,7 @@ class StepCosts:
 SPEED_UP_DECAY = 0.995
 SETTLED = 128  # steps that were looked at, after which
 EVERY = 4  # only each fourth is
+THOUGHT_S = 0.003  # what the rows of drafts take, from which on it is asked which are worth it
 MISMEASURED = 1.3  # steps that take so many times less than was measured at the start
 FIRST = 8  # whole steps draft as much as can be, so that acceptance is known at all positions
 UNLOOKED = 7  # plain steps behind one that was looked at,
@@ -64,7 +65,7 @@ class AutoLengths:
         self.drawn = LengthController(n_draft_max)
         self.trials = {False: Trials(), True: Trials()}  # with drawn drafts, and without
         self._chosen: dict[str, Choice] = {}
-        self._deciding = self.likeliest
+        self._leaves_out = False
         self._n_decoding = 0
         self._alike = False
         self._n_steps = 0
@@ -129,7 +130,7 @@ class AutoLengths:
             asked = [(name, MODEL) for name in names]
         else:
             asked = [(s.id, drafter.sources(s.id, s.tokens)) for s in decoding]
-        controller = self._deciding = self._of(decoding)
+        controller = self._of(decoding)
         choices = controller.choose(asked)
         whole = self._is_whole(decoding)
         first = whole and drafter is None and self._n_first < FIRST
@@ -149,6 +150,11 @@ class AutoLengths:
         if drafter is not None:
             drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
         found = [choice.n_drafts for choice in choices]
+        self._leaves_out = False
+        if drafter is None and controller is self.likeliest and controller.costs.known:
+            n, costs = len(found), controller.costs
+            rows_s = costs.pass_s(n + sum(found), n) - costs.pass_s(n, n)
+            self._leaves_out = rows_s > THOUGHT_S
         if drafter is None and not whole and not trial.trying:
             self._repeatable, self._repeats_left = (names, found), controller.take_uses()
         return found
@@ -156,18 +162,18 @@ class AutoLengths:
     def worth_verifying(self, asking: Seq[Sequence], lengths: list[int], draft: Draft) -> list[int]:
         """Of each sequence that drafted, how many drafts to verify: at most so many.
 
-        All, where the drafter does not say how sure it is, or drafts were drawn: those must not be
-        left out for what they are.
+        All, where the drafter does not say how sure it is, where thinking about it takes a good
+        part of what it could save, and where drafts were drawn: those must not be left out for
+        what they are.
         """
-        controller = self._deciding
-        if draft.confidence_BK is None or controller is self.drawn or self.drafter is not None:
+        if draft.confidence_BK is None or not self._leaves_out:
             return lengths
         confidence_BK = draft.confidence_BK.numpy()[:, : max(lengths)]
         if np.isnan(confidence_BK).any():
             return lengths
         n_decoding = max(len(asking), self._n_decoding)
         self._sure = [s.id for s in asking], lengths, confidence_BK
-        return controller.worth_verifying(n_decoding, confidence_BK, lengths)
+        return self.likeliest.worth_verifying(n_decoding, confidence_BK, lengths)
 
     def close(self, sequence_id: str) -> None:
         """Forget a sequence."""
