@@ -62,6 +62,7 @@ def measure_costs(
     start = time.perf_counter()
     opened: list[str] = []
     passes: dict[tuple[int, int], float] = {}
+    context = CONTEXT
     if bench.target.ctx_size < 4 * (n_draft_max + 2):
         return 0
     try:
@@ -100,7 +101,7 @@ def measure_costs(
         return len(passes)
     finally:
         for controller, _ in _kinds(lengths):
-            controller.costs.measured_batches(passes)
+            controller.costs.measured_batches(passes, context)
         for name in opened:
             bench.memory.close(name)
             with suppress(Exception):

@@ -131,6 +131,9 @@ class AutoLengths:
         else:
             asked = [(s.id, drafter.sources(s.id, s.tokens)) for s in decoding]
         controller = self._of(decoding)
+        if len(decoding) > 1:
+            n_tokens = sum(len(s.tokens) for s in decoding)
+            controller.costs.read_back(n_tokens / len(decoding))
         choices = controller.choose(asked)
         whole = self._is_whole(decoding)
         first = whole and drafter is None and self._n_first < FIRST

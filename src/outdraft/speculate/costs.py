@@ -11,6 +11,7 @@ disturbance, or a machine that slows down for a while, changes no choice. No ten
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import log2
 from statistics import median
 
@@ -19,6 +20,8 @@ OCTAVE_PARTS = 2  # sizes are corrected together, by so many factors for each do
 LOOK_EVERY = 3  # steps: to learn from each would cost more than it brings
 CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
 OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
+MOST_OTHERS = 0.4  # of a pass, for all sequences but one
+KNOWN = 10.0  # passes that costs measured at the start count as
 FADE = 0.95  # a looked-at step without drafts
 SPEED_STEPS = 11
 ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
@@ -128,6 +131,14 @@ class DraftCosts:
         return max(0.0, depths[a] + step * (depth - a))
 
 
+@dataclass(slots=True)
+class _Learned:
+    """Of passes of batches of about one size: factors by octave of rows, and steps behind each."""
+
+    factors: list[float]
+    n_seen: list[float]
+
+
 class StepModel:
     """Expected seconds of a step, learned while running."""
 
@@ -140,13 +151,13 @@ class StepModel:
         self._rests = ByBatch(0.0)
         self._drafted_rests = ByBatch(0.0)
         self._sequence_s = 0.0
-        self._steps: deque[tuple[int, float, float, float]] = deque(maxlen=SPEED_STEPS)
+        self._context, self._context_share = 1, 1.0
+        self._steps: deque[tuple[int, int, float, float]] = deque(maxlen=SPEED_STEPS)
         self._speed = 1.0
         self._n_passes = 0
         self._measured = False
-        self._pass_s: list[float] = []
-        self._factors: list[float] = []
-        self._n_seen: list[float] = []
+        self._pass_s: dict[int, list[float]] = {}  # by size of batch, so that what is
+        self._learned: dict[int, _Learned] = {}  # wrong of one says nothing of the others
 
     @property
     def known(self) -> bool:
@@ -181,57 +192,72 @@ class StepModel:
 
     def pass_s(self, n_rows: int, n_sequences: int = 1) -> float:
         """Of a pass: what was measured first, times what was learned about sizes like it."""
-        while n_rows >= len(self._pass_s):
-            self._pass_s.append(self._corrected(len(self._pass_s)))
-        return self._pass_s[n_rows] + (n_sequences - 1) * self._sequence_s
+        band = n_sequences.bit_length()
+        known = self._pass_s.get(band)
+        if known is None:
+            known = self._pass_s[band] = []
+        while n_rows >= len(known):
+            known.append(self._corrected(len(known), band))
+        return known[n_rows] + self._others_s(n_sequences)
 
-    def _corrected(self, n_rows: int) -> float:
-        i, share = self._place(n_rows)
-        factor = (1 - share) * self._factors[i] + share * self._factors[i + 1]
+    def _others_s(self, n_sequences: int) -> float:
+        return (n_sequences - 1) * self._sequence_s * self._context_share
+
+    def read_back(self, n_tokens: float) -> None:
+        """Sequences have so many tokens on average: fewer than measured with cost less."""
+        self._context_share = min(1.0, n_tokens / self._context)
+
+    def _corrected(self, n_rows: int, band: int) -> float:
+        learned, i, share = self._place(n_rows, band)
+        factor = (1 - share) * learned.factors[i] + share * learned.factors[i + 1]
         return self.passes.at(n_rows) * factor
 
-    def _place(self, n_rows: int) -> tuple[int, float]:
+    def _place(self, n_rows: int, band: int) -> tuple["_Learned", int, float]:
         """The factors on both sides of a size: the first one's index, the share of the second."""
         at = OCTAVE_PARTS * log2(max(1, n_rows))
-        while len(self._factors) < at + 2:
-            self._factors.append(1.0)
-            self._n_seen.append(0.0)
-        return int(at), at - int(at)
+        learned = self._learned.setdefault(band, _Learned([], []))
+        while len(learned.factors) < at + 2:
+            learned.factors.append(1.0)
+            learned.n_seen.append(KNOWN if self._measured else 0.0)
+        return learned, int(at), at - int(at)
 
     def observe_pass(self, n_rows: int, seconds: float, n_sequences: int = 1) -> None:
         """A pass of so many rows took so long."""
-        others_s = (n_sequences - 1) * self._sequence_s
+        others_s, band = self._others_s(n_sequences), n_sequences.bit_length()
         if n_rows not in self.passes and not self._measured:
             self.passes.set(n_rows, seconds / self._speed)
-            self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows))
+            self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows, band))
             self._pass_s.clear()
             return
         self._n_passes += 1
         if self._n_passes % LOOK_EVERY:
             return
         expected_s = self.pass_s(n_rows, n_sequences)
-        self._steps.append((n_rows, seconds, others_s, seconds / expected_s))
+        self._steps.append((n_rows, n_sequences, seconds, seconds / expected_s))
         self._speed = median(ratio for *_, ratio in self._steps)
         if len(self._steps) < SPEED_STEPS:
             return
         # Both sides of the middle are known.
-        n_rows, seconds, others_s, _ = self._steps[SPEED_STEPS // 2]
+        n_rows, n_sequences, seconds, _ = self._steps[SPEED_STEPS // 2]
         others = [ratio for size, _, _, ratio in self._steps if size != n_rows]
         speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
-            self._n_seen = [0.0] * len(self._n_seen)
+            for learned in self._learned.values():
+                learned.n_seen = [0.0] * len(learned.n_seen)
             self._round_extra_s.doubt()
-        own_s = self.pass_s(n_rows)
-        self._learn(n_rows, max(0.0, seconds / speed - others_s) / own_s)
+        others_s = self._others_s(n_sequences)
+        own_s = self.pass_s(n_rows, n_sequences) - others_s
+        ratio = max(0.0, seconds / speed - others_s) / own_s
+        self._learn(n_rows, n_sequences.bit_length(), ratio)
 
-    def _learn(self, n_rows: int, ratio: float) -> None:
-        i, share = self._place(n_rows)
+    def _learn(self, n_rows: int, band: int, ratio: float) -> None:
+        learned, i, share = self._place(n_rows, band)
         for at, weight in ((i, 1 - share), (i + 1, share)):
-            self._n_seen[at] += weight
-            step = weight * max(LEARN, 1 / (self._n_seen[at] + 1))
-            self._factors[at] *= _towards(1.0, ratio, step)
-        self._pass_s.clear()
+            learned.n_seen[at] += weight
+            step = weight * max(LEARN, 1 / (learned.n_seen[at] + 1))
+            learned.factors[at] *= _towards(1.0, ratio, step)
+        self._pass_s.pop(band, None)
 
     def measured(self, passes: Mapping[int, float]) -> None:
         """Seconds of passes by rows, all measured at one time; what others cost is between them.
@@ -246,8 +272,8 @@ class StepModel:
         self._measured = len(passes) > 1
         self._pass_s.clear()
 
-    def measured_batches(self, passes: Mapping[tuple[int, int], float]) -> None:
-        """Seconds of passes by sequences and rows, all measured at one time.
+    def measured_batches(self, passes: Mapping[tuple[int, int], float], context: int) -> None:
+        """Seconds of passes by sequences of so many tokens and rows, all measured at one time.
 
         What a further sequence costs is seen where as many rows are of fewer and of more sequences.
         """
@@ -259,13 +285,17 @@ class StepModel:
             for of in by_rows.values()
             if len(of) > 1
         ]
-        sequence_s = max(0.0, median(slopes)) if slopes else 0.0
+        # Most of a pass is its rows': what says otherwise was disturbed.
+        most_s = min(
+            (MOST_OTHERS * s / (n - 1) for (n, _), s in passes.items() if n > 1), default=0
+        )
+        sequence_s = min(max(0.0, median(slopes)), most_s) if slopes else 0.0
         own = {
-            n_rows: max(0.0, min(s - (n - 1) * sequence_s for n, s in of.items()))
+            n_rows: min(s - (n - 1) * sequence_s for n, s in of.items())
             for n_rows, of in by_rows.items()
         }
         self.measured(own)
-        self._sequence_s = sequence_s
+        self._sequence_s, self._context = sequence_s, max(1, context)
 
     def whole_step(self, n_drafts: int, draft_s: float, other_s: float) -> None:
         """A step of one sequence takes so long, its draft round apart; nothing follows its pass."""
@@ -277,7 +307,7 @@ class StepModel:
         self._draft_s.clear()
 
     def _forget(self) -> None:
-        self._speed, self._factors, self._n_seen = 1.0, [], []
+        self._speed, self._learned = 1.0, {}
         self._steps.clear()
         self._draft_s.clear()
         self._round_extra_s, self._rests = ByBatch(0.0), ByBatch(0.0)
