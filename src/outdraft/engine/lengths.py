@@ -210,18 +210,7 @@ class AutoLengths:
             step = self._whole(sequences[0].id, step)
         else:
             self._ended, self._n_run = ("", 0.0), 0
-        blocks, sure_of = step.blocks, {}
-        if self._sure is not None:
-            names, asked, confidence_BK = self._sure
-            rows = zip(names, asked, confidence_BK.tolist(), strict=True)
-            sure_of = {name: own[:n] for name, n, own in rows}
-            blocks = dict.fromkeys(names, (0, 0)) | blocks
-            self._sure = None
-        for sequence_id, (n_drafted, n_accepted) in blocks.items():
-            choice = self._chosen.get(sequence_id)
-            if choice is not None and choice.source:
-                sure = sure_of.get(sequence_id, ())
-                controller.observe_block(sequence_id, choice.source, n_drafted, n_accepted, sure)
+        self._observe_blocks(controller, step)
         if whole and self._skipping:
             return
         drawn = controller is self.drawn
@@ -259,6 +248,20 @@ class AutoLengths:
                 None if drawn or whole else step.rest_s,
             )
             self._compare(step, target_s, controller)
+
+    def _observe_blocks(self, controller: LengthController, step: StepCosts) -> None:
+        blocks, sure_of = step.blocks, {}
+        if self._sure is not None:
+            names, asked, confidence_BK = self._sure
+            rows = zip(names, asked, confidence_BK.tolist(), strict=True)
+            sure_of = {name: own[:n] for name, n, own in rows}
+            blocks = dict.fromkeys(names, (0, 0)) | blocks
+            self._sure = None
+        for sequence_id, (n_drafted, n_accepted) in blocks.items():
+            choice = self._chosen.get(sequence_id)
+            if choice is not None and choice.source:
+                sure = sure_of.get(sequence_id, ())
+                controller.observe_block(sequence_id, choice.source, n_drafted, n_accepted, sure)
 
     def _whole(self, sequence_id: str, step: StepCosts) -> StepCosts:
         """The step from the end of the one before to now; all but its round is its pass."""
