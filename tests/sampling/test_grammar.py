@@ -1,8 +1,10 @@
 """Grammars: what compiles, what is refused in time, and that memory stays flat."""
 
 import json
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ def grammars(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
     root: Path = tmp_path_factory.mktemp("grammars")
     tiny.write_tokenizer(root)
     made = Grammars((root / "tokenizer.json").read_text(), tiny.VOCAB, [1])
-    made._check.deadline_s = 2.0
+    made._check.cpu_s = 1.0
     return made
 
 
@@ -144,10 +146,57 @@ def test_the_process_comes_back_after_it_was_killed(grammars: Grammars) -> None:
 def test_who_waits_too_long_for_others_is_sent_away(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars._check, "deadline_s", 0.02)
+    monkeypatch.setattr(grammars._check, "wall_s", 0.02)
     with grammars._check._lock, pytest.raises(QueueFull):
         grammars.start(SamplingParams(regex="[ab]{2}never"))
     assert not grammars._check._lock.locked()
+
+
+def test_a_grammar_may_take_its_seconds_of_a_core_not_of_the_clock(grammars: Grammars) -> None:
+    """A process that gets no core for a while has not used its time up."""
+    check = grammars._check
+    check.check(grammar._source(FINE))
+    process = check._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(check.check, grammar._source(SamplingParams(regex="[ab]{3}late")))
+        with pytest.raises(TimeoutError):
+            asked.result(2.5 * check.cpu_s)
+        process.send_signal(signal.SIGCONT)
+        asked.result(60)
+    assert check._process is process
+
+
+def test_a_grammar_that_computes_too_long_ends_by_its_seconds(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the clock's help."""
+    check = grammars._check
+    monkeypatch.setattr(check, "wall_s", 300.0)
+    check.check(grammar._source(FINE))
+    process = check._process
+    assert process is not None
+    with pytest.raises(SamplingError, match="too long to compile"):
+        check.check(grammar._source(HOSTILE["endless"]))
+    assert process.returncode == -signal.SIGXCPU
+    check.check(grammar._source(FINE))
+
+
+def test_a_process_that_is_stuck_is_killed_by_the_clock(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = grammars._check
+    check.check(grammar._source(FINE))
+    process = check._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(check, "wall_s", 0.3)
+    with pytest.raises(SamplingError, match="too long to compile"):
+        check.check(grammar._source(SamplingParams(regex="[ab]{3}stuck")))
+    assert process.returncode == -signal.SIGKILL
+    monkeypatch.undo()
+    check.check(grammar._source(FINE))
 
 
 def test_the_process_ends_with_who_asked(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def test_echo_with_logprobs_tells_those_of_the_prompt(live: Live) -> None:
     assert told["token_logprobs"][0] is None
     assert all(value <= 0 for value in told["token_logprobs"][1:])
     assert len(told["tokens"]) == len(told["top_logprobs"]) == len(told["text_offset"])
+    ends = [*told["text_offset"][1:], len(choice["text"])]
+    at = zip(told["tokens"], told["text_offset"], ends, strict=True)
+    assert [choice["text"][a:b] for _, a, b in at] == ["", *told["tokens"][1:]]  # <bos> has no text
 
 
 def test_streamed_text_is_the_whole_text(live: Live) -> None:
@@ -81,6 +84,9 @@ def test_tokenize_and_back(live: Live) -> None:
     ids = [t["id"] for t in told["tokens"]]
     assert told["count"] == len(ids)
     assert live.post("/detokenize", {"tokens": ids}).json()["content"] == text
+    refused = live.post("/detokenize", {"tokens": [*ids, 10**6]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "tokens"
 
 
 def test_embeddings_have_length_one_and_know_what_is_alike(live: Live, llm: LLM) -> None:

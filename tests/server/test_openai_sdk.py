@@ -206,6 +206,8 @@ def test_responses(live: Live) -> None:
     assert whole.output_text == expected.text
     assert whole.status == "incomplete" and whole.incomplete_details is not None
     assert whole.usage is not None and whole.usage.output_tokens == 40
+    details = whole.usage.output_tokens_details.model_dump()
+    assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] >= 0
     items = client.responses.create(
         input=[{"role": "user", "content": [{"type": "input_text", "text": PROMPT}]}], **asked
     )

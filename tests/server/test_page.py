@@ -325,6 +325,40 @@ def test_a_server_that_is_gone_is_said_and_found_again(browser: Browser) -> None
     watch.check()
 
 
+@pytest.mark.parametrize("width,height", [(320, 640), (390, 844)])
+def test_a_phone_has_room_for_the_conversation(
+    browser: Browser, live: Live, width: int, height: int
+) -> None:
+    """Nothing is wider than the screen, and what was written last is in sight."""
+    opened, watch = open_page(
+        browser, live.url, viewport={"width": width, "height": height}, is_mobile=True
+    )
+
+    def wide() -> int:
+        found: int = opened.evaluate(
+            "[...document.querySelectorAll('body *')].filter("
+            "e => e.getBoundingClientRect().right > innerWidth + 1).length"
+        )
+        return found
+
+    settings(opened, max_tokens=40)
+    choose(opened, "drafting", "compare")
+    send(opened, "hello " + "x" * 120)
+    ended(opened)
+    expect(opened.locator(".verdict")).to_be_in_viewport(ratio=0.9)
+    log = opened.locator("#log").bounding_box()
+    assert log is not None and log["height"] > 0.5 * height
+    assert wide() == 0
+    for button in ("#open-gauges", "#open-history"):
+        opened.click(button)
+        assert wide() == 0
+        opened.click(button)
+    opened.get_by_role("button", name="Modem view").first.click()
+    assert wide() == 0
+    opened.context.close()
+    watch.check()
+
+
 @pytest.mark.prove
 def test_pictures_for_the_docs(browser: Browser, live: Live) -> None:
     """Screenshots of the page as it is; `make prove` writes them anew."""

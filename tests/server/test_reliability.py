@@ -63,15 +63,54 @@ def kill_connections(live: Live, n: int, seed: int) -> None:
         assert stats["pages"]["used"] == 0
 
 
-def test_a_closed_connection_frees_its_slot(small: Live) -> None:
-    kill_connections(small, 20, seed=1)
-    assert small.metric("outdraft_engine_restarts_total") == 0
+def kill_and_count(live: Live, n: int, seed: int) -> None:
+    """Every request that a closed connection leaves is out of the engine before its next step."""
+    before = live.wait_idle()
+    kill_connections(live, n, seed)
+    after = live.wait_idle()
+    free = after["pages"]["free"] + after["pages"]["cached"]
+    assert free == sum(before["pages"].values())
+    grown = {k: v - before["aborts"][k] for k, v in after["aborts"].items()}
+    print(f"{after['steps'] - before['steps']} steps: {grown}")
+    assert grown["n"] >= n / 4, "too few were in progress to show anything"
+    assert grown["left"] == grown["n"], "every one of them knows when its connection closed"
+    assert grown["late_steps"] == 0
+    assert live.metric("outdraft_abort_late_steps_total") == 0
+    assert live.output().count('"left":true') >= grown["n"] / 2  # their lines in the log
+    assert live.metric("outdraft_engine_restarts_total") == 0
+
+
+def test_a_closed_connection_frees_its_slot_before_the_next_step(small: Live) -> None:
+    kill_and_count(small, 20, seed=1)
 
 
 @pytest.mark.prove
 def test_200_connections_killed_at_random_points(small: Live) -> None:
-    kill_connections(small, 200, seed=2)
-    assert small.metric("outdraft_engine_restarts_total") == 0
+    kill_and_count(small, 200, seed=2)
+
+
+def test_embeddings_end_with_their_connection(small: Live) -> None:
+    """Texts are embedded one behind each step: of many, most are left undone."""
+    before = small.wait_idle()["steps"]
+    with closing(raw_post(small.port, "/v1/embeddings", {"input": [[7] * 1500] * 64})):
+        while small.metric("outdraft_requests_in_flight") == 0:
+            pass
+    assert small.post("/v1/embeddings", {"input": "the next one"}).status_code == 200
+    assert small.wait_idle()["steps"] - before < 60
+
+
+def test_embeddings_have_places_like_completions(small: Live) -> None:
+    async def flood_embeddings() -> list[int]:
+        async with httpx.AsyncClient(base_url=small.url, timeout=120, trust_env=False) as client:
+            body = {"input": [[7] * 300]}
+            posts = [client.post("/v1/embeddings", json=body) for _ in range(32)]
+            return [r.status_code for r in await asyncio.gather(*posts)]
+
+    statuses = Counter(run(flood_embeddings()))
+    assert set(statuses) <= {200, 429, 503}
+    assert statuses[200] >= 6
+    assert statuses[429] > 0
+    small.wait_idle()
 
 
 async def flood(url: str, n: int) -> Counter[int]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from packaging.requirements import Requirement
 
 from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
@@ -510,6 +511,42 @@ def test_class_18_supply_chain() -> None:
     code = "import sys, outdraft.server.run; sys.exit('torch' in sys.modules)"
     done = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code])
     assert done == 0, "the server's process does without PyTorch"
+
+
+def pins() -> dict[str, list[tuple[Requirement, str]]]:
+    """The lock file: by name, each pinned requirement and the text below it."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+    found: dict[str, list[tuple[Requirement, str]]] = {}
+    for line, hashes in re.findall(r"^(\S[^\\\n]*)((?:\\\n    [^\n]*)*)", text, re.MULTILINE):
+        pinned = Requirement(line)
+        found.setdefault(pinned.name, []).append((pinned, hashes))
+    return found
+
+
+def test_class_18_the_lock_file_has_what_is_declared() -> None:
+    """Every dependency but PyTorch, whose builds share a version: in range, and with its hashes."""
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"https?:|file:|index-url|find-links|(?<=\s)/|\s-e\s", text)
+    locked = pins()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for declared in map(Requirement, project["dependencies"]):
+        if declared.name == "torch":
+            assert "torch" not in locked
+            continue
+        versions = locked[declared.name]
+        for pinned, _ in versions:
+            (exactly,) = pinned.specifier
+            assert exactly.operator == "=="
+            assert declared.specifier.contains(exactly.version), (declared, pinned)
+        for version in ("3.11", "3.12", "3.13", "3.14"):
+            machine = {"python_version": version, "python_full_version": version + ".0"}
+            here = [p for p, _ in versions if not p.marker or p.marker.evaluate(machine)]
+            assert len(here) == 1, (declared, version)
+    for name, versions in locked.items():
+        for pinned, hashes in versions:
+            lines = re.findall(r"--hash=sha256:([0-9a-f]+)(?=\s|$)", hashes)
+            assert lines and all(len(h) == 64 for h in lines), pinned
+            assert len(set(lines)) == hashes.count("--hash="), name
 
 
 def test_no_client_names_its_own_address(live: Live) -> None:

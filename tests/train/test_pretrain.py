@@ -16,7 +16,7 @@ from outdraft.errors import TrainingError
 from outdraft.models import mtp, qwen3_5
 from outdraft.models.qwen3_5_config import Qwen35Config
 from outdraft.ops.reference import ReferenceOps
-from outdraft.train import hybrid_run
+from outdraft.train import work
 from outdraft.train.hybrid_presets import TINY, find_preset
 from outdraft.train.hybrid_run import PretrainRun, PretrainSettings, pretrain
 from outdraft.train.mtp import MtpOptions
@@ -37,7 +37,7 @@ def quiet(state: Progress) -> None:
 def fp32() -> Iterator[None]:
     """Runs are compared to the bit, so the type must not hang on what else the machine does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hybrid_run, "fastest_dtype", lambda device: torch.float32)
+        patch.setattr(work, "fastest_dtype", lambda device: torch.float32)
         yield
 
 

@@ -15,6 +15,7 @@ from outdraft.cli.tune import app
 from outdraft.errors import TrainingError
 from outdraft.speculate.stats import DraftStats
 from outdraft.train import tune as tuning_run
+from outdraft.train import work
 from outdraft.train.gate import difference, is_better, tokens_per_pass
 from outdraft.train.losses import DRAFT_LOSSES, draft_loss
 from outdraft.train.served import served_target
@@ -272,7 +273,7 @@ def test_a_stopped_run_ends_the_same(
     tmp_path: Path, settings: TuneSettings, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     monkeypatch.setattr(tuning_run, "is_better", lambda change: True)
-    monkeypatch.setattr(tuning_run, "fastest_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(work, "fastest_dtype", lambda device: torch.float32)
     monkeypatch.setattr(tuning_run, "_CHUNK", 8)
     tune(tmp_path / "whole", settings, quiet)
 

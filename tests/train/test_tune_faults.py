@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from outdraft.bench.peers.transformers import sharing_modes
 from outdraft.cli.tune import app
 from outdraft.errors import PairingError, TrainingError
 from outdraft.train import tune as tuning_run
@@ -139,7 +141,7 @@ def test_useless_data_leaves_the_stock_drafter(tmp_path: Path, given: tuple[str,
 
 
 def test_a_new_drafter_for_a_target_without_one(
-    tmp_path: Path, given: tuple[str, str, str]
+    tmp_path: Path, given: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(tune_child.settings(*given), assistant="new", steps=60, samples=64)
     settings = replace(settings, n_heldout=24, new_tokens=24)
@@ -151,6 +153,14 @@ def test_a_new_drafter_for_a_target_without_one(
     assert config["backbone_hidden_size"] == 64
     generation = json.loads((tmp_path / "made" / "generation_config.json").read_text())
     assert generation["num_assistant_tokens"] == 2
+    modes = property(sharing_modes)
+    monkeypatch.setattr(transformers.Gemma4TextConfig, "kv_sharing_modes", modes)
+    model, info = transformers.Gemma4AssistantForCausalLM.from_pretrained(
+        tmp_path / "made", output_loading_info=True, local_files_only=True
+    )
+    assert not any(info.values())
+    stored = load_file(tmp_path / "made" / "model.safetensors")["post_projection.weight"]
+    assert torch.equal(model.state_dict()["post_projection.weight"].float(), stored.float())
 
 
 def test_an_adapted_target_is_what_is_learned_from(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from outdraft.train import tune as tuning_run
+from outdraft.train import work
 from outdraft.train.trainer import Progress
 from outdraft.train.tune import tune
 from outdraft.train.tune_settings import TuneSettings
@@ -39,7 +40,7 @@ def show(state: Progress) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tuning_run.is_better = lambda change: True  # type: ignore[assignment]
-    tuning_run.fastest_dtype = lambda device: torch.float32  # type: ignore[assignment]
+    work.fastest_dtype = lambda device: torch.float32  # type: ignore[assignment]
     tuning_run._CHUNK = 8
     out, *rest = sys.argv[1:]
     tune(Path(out), settings(*rest), show)

@@ -14,7 +14,13 @@ from typer.testing import CliRunner
 from outdraft import LLM, EngineConfig, SamplingParams
 from outdraft.cli.inspect import app as inspect_app
 from outdraft.errors import ModelError, WeightsError
-from outdraft.models.registry import load_target
+from outdraft.models import gemma4
+from outdraft.models.gemma4_config import Gemma4Config
+from outdraft.models.registry import load_target, open_weights
+from outdraft.ops.stored import StoredWeight, to_floats
+from outdraft.weights.adapter import open_adapter
+from outdraft.weights.checkpoint import Checkpoint
+from outdraft.weights.config import read_config
 from tests import adapters, tiny
 
 ATTENTION = ("q_proj", "v_proj", "o_proj")
@@ -104,6 +110,29 @@ def test_the_scale_is_pefts(tmp_path: Path) -> None:
         whole = adapters.merge_into(tmp_path / f"m{number}", model, adapter)
         ours, wanted = weights_of(model, adapter), weights_of(whole, None)
         assert max(float((ours[k] - w).abs().max()) for k, w in wanted.items()) < 1e-6
+
+
+def test_any_range_of_rows_is_the_same_sum(tmp_path: Path) -> None:
+    """Weights are read and packed a range of rows at a time."""
+    model = tiny.tiny_target(tmp_path / "model")
+    directory = adapters.write_adapter(tmp_path / "adapter", model, ATTENTION)
+    raw = read_config(model)
+    config = Gemma4Config.from_hf(raw)
+    expected, rules = gemma4.expected_tensors(config), gemma4.ignore_rules(config)
+    adapter = open_adapter(directory, expected, rules, gemma4.PREFIXES)
+    stored, _, _ = open_weights(
+        Checkpoint.open(model), raw, expected, rules, prefixes=gemma4.PREFIXES, dtype=torch.float32
+    )
+    stored.changed, stored.stored = adapter.merged, True
+    assert adapter.pairs
+    for name in adapter.pairs:
+        weight = stored[name]
+        n_rows = weight.shape[0]
+        assert isinstance(weight, StoredWeight)
+        whole = to_floats(weight.read(0, 0, n_rows), torch.float32)
+        for first, count in ((1, 3), (n_rows - 5, 5), (n_rows // 2, 7)):
+            part = to_floats(weight.read(0, first, count), torch.float32)
+            assert torch.equal(part, whole[first : first + count]), name
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -43,7 +43,7 @@ from outdraft.errors import OutdraftError
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.ops.packed import Format
 from outdraft.request import Request
-from outdraft.speculate.drafter import Drafter
+from outdraft.speculate.drafter import Drafter, ReadsStates
 from outdraft.speculate.mtp import MtpDrafter
 from outdraft.text.stream import StopStrings
 
@@ -220,13 +220,24 @@ class Rig:
         programs = self.ops.programs
         return sum(p.seconds for p in programs), sum(p.n_replays for p in programs)
 
+    @torch.inference_mode()
     def time_drafting(self, k: int, rounds: int) -> float:
         """Seconds of an engine's step of k drafts, none of which is kept."""
         sequence = self.new_sequence()
+        drafter: Drafter = self.drafter
+        if isinstance(drafter, ReadsStates):  # it has read the context
+            self.drafter.close(SEQUENCE)
+            Rounds(self.drafter, self.memory, self.model, list(sequence.tokens), k)
         self.runner.execute(StepPlan([Work(SEQUENCE, 1, 0)]), {SEQUENCE: sequence})
         plan = StepPlan([Work(SEQUENCE, 1, k)])
-        steps = [clock(self.runner.execute, plan, {SEQUENCE: sequence}) for _ in range(rounds + 2)]
-        return median(steps[2:])
+        for _ in range(WARM_STEPS):
+            self.runner.execute(plan, {SEQUENCE: sequence})
+        start = time.perf_counter()  # a round has been launched before, and one more is launched
+        for _ in range(rounds):
+            self.runner.execute(plan, {SEQUENCE: sequence})
+        seconds = (time.perf_counter() - start) / rounds
+        assert sequence.stats.n_drafted == (WARM_STEPS + rounds) * k
+        return seconds
 
     def new_sequence(self) -> Sequence:
         """The sequence behind the context, as the engine sees it: greedy, never ending."""

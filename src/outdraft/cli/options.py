@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from outdraft.config import Backend, Device, DType, EngineConfig, KvDType, Quant, SpecType
-from outdraft.errors import SamplingError
+from outdraft.errors import OutdraftError, SamplingError
 from outdraft.request import SamplingParams
 
 Model = Annotated[
@@ -23,7 +23,12 @@ Model = Annotated[
 ]
 Assistant = Annotated[
     str | None,
-    typer.Option(help="The drafter's directory or id; found by itself if not given."),
+    typer.Option(
+        "--assistant",
+        "--spec-draft-model",
+        "-hfd",
+        help="The drafter's directory or id; found by itself if not given.",
+    ),
 ]
 Adapter = Annotated[
     str | None, typer.Option(help="A LoRA adapter (PEFT) to add to the model's weights.")
@@ -34,6 +39,13 @@ Spec = Annotated[
         "--spec-type",
         help="Which drafter: auto, off, gemma4-assistant, draft-model, mtp, ngram, or "
         "ngram+gemma4-assistant.",
+    ),
+]
+SpecConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        help='The same as vLLM has it: {"method", "model", "num_speculative_tokens"}.',
     ),
 ]
 DraftMax = Annotated[
@@ -146,6 +158,12 @@ Thinking = Annotated[
 ]
 
 
+METHODS: dict[str | None, SpecType] = {
+    None: "auto",
+    "draft_model": "draft-model",
+    "ngram": "ngram",
+}
+"""vLLM's names of what drafts; those that end in mtp are `mtp`."""
 ENGINE_NAMES = {
     "spec_draft_n_max": "draft_n_max",
     "spec_draft_n": "draft_n",
@@ -164,9 +182,52 @@ def engine_config(given: dict[str, Any], **fixed: Any) -> EngineConfig:
     named = {ENGINE_NAMES.get(name, name): value for name, value in given.items()}
     known = {field.name for field in fields(EngineConfig)}
     values = {name: value for name, value in named.items() if name in known}
+    for name, value in speculative_config(given.get("speculative_config")).items():
+        if values.get(name) not in (None, "auto"):
+            raise OutdraftError(
+                f"--speculative-config and another option both say {name}", "give one of them"
+            )
+        values[name] = value
     if "cache" in given:
         values |= cache_settings(given["cache"], given["cache_dir"], given["cache_max_gb"])
     return EngineConfig(**(values | fixed))
+
+
+def speculative_config(text: str | None) -> dict[str, Any]:
+    """What vLLM's JSON of that name says, as fields of `EngineConfig`.
+
+    Raises:
+        OutdraftError: it is not such JSON, or says what cannot be met here.
+    """
+    if text is None:
+        return {}
+    try:
+        said = json.loads(text)
+    except ValueError as error:
+        raise OutdraftError(f"--speculative-config is not JSON: {error}", "check it") from error
+    if not isinstance(said, dict):
+        raise OutdraftError("--speculative-config is not an object", "write it in braces")
+    unknown = sorted(said.keys() - {"method", "model", "num_speculative_tokens"})
+    if unknown:
+        raise OutdraftError(
+            f"--speculative-config has {unknown[0]!r}, which is not known here",
+            "known are method, model and num_speculative_tokens",
+        )
+    method, n = said.get("method"), said.get("num_speculative_tokens")
+    kind = "mtp" if str(method).endswith("mtp") else dict(METHODS).get(method and str(method))
+    if (
+        kind is None
+        or isinstance(n, bool)
+        or not isinstance(n, int | None)
+        or not isinstance(said.get("model"), str | None)
+    ):
+        raise OutdraftError(
+            f"--speculative-config cannot be met: {text[:200]}",
+            f"method is one of {', '.join(str(m) for m in METHODS if m)} or mtp; model is a text, "
+            "num_speculative_tokens a number",
+        )
+    values = {"spec_type": kind, "assistant": said.get("model"), "draft_n_max": n}
+    return {name: value for name, value in values.items() if value not in (None, "auto")}
 
 
 def cache_settings(cache: bool, cache_dir: str | None, max_gb: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from outdraft.cache.attend import CausalCall
 from outdraft.ops.record import Replayable
+from outdraft.ops.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,11 @@ class Ahead:
     still read while the other fills its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, staging: Staging) -> None:
         """None yet."""
+        self._staging = staging
         self.flight: _Flight | None = None
         self.n_used = self.n_dropped = 0
-        self._host: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def drop(self) -> None:
         """What was launched will not be used."""
@@ -72,19 +73,10 @@ class Ahead:
         Returns:
             `best_T` on the CPU.
         """
-        key = turn, best_T.shape[0], numbers.shape[0]
-        if key not in self._host:  # page-locked: a copy from or to other memory waits
-            back_T = torch.empty(best_T.shape[0], dtype=torch.int32, pin_memory=True)
-            self._host[key] = back_T, torch.empty_like(numbers, pin_memory=True)
-        back_T, sent = self._host[key]
-        back_T.copy_(best_T, non_blocking=True)
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
-        sent.copy_(numbers)
-        call.numbers.copy_(sent, non_blocking=True)
+        fetched = self._staging.fetch(best_T)
+        self._staging.send(numbers, call.numbers)
         torch.clamp(best_T, min=0, out=call.token_T)  # -1 where logits are not finite
         program.replay()
-        ready.synchronize()
-        best_T = back_T.clone()
+        (best_T,) = fetched.wait()
         self.flight = _Flight(turn, numbers, best_T)
         return best_T

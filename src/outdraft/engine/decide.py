@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from outdraft.engine.graphs import Left
 from outdraft.engine.plan import Work
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
@@ -29,12 +30,13 @@ from outdraft.speculate.verify import Verdict, verify_block, verify_own
 class Block:
     """The drafts of one sequence in one step: ids, and the distributions they were drawn from.
 
-    `forced`: a grammar gave them, not the drafter.
+    `forced`: a grammar gave them, not the drafter. `left`: the ids are to be read yet.
     """
 
     tokens: list[int]
     probs_KV: Tensor | None = None
     forced: bool = False
+    left: Left | None = None
 
 
 NO_DRAFTS = Block([])
@@ -49,6 +51,19 @@ def forced_block(sequence: Sequence, n: int) -> Block | None:
     return Block(tokens, forced=True) if tokens else None
 
 
+def forced_blocks(work: Seq[Work], sequences: Mapping[str, Sequence]) -> dict[str, Block]:
+    """Blocks of those whose grammar says how they go on; the drafter is not asked for them."""
+    blocks = {}
+    for w in work:
+        try:
+            block = forced_block(sequences[w.sequence], w.n_drafts) if w.n_drafts else None
+        except Exception:  # it comes again where the request fails of it alone
+            block = None
+        if block is not None:
+            blocks[w.sequence] = block
+    return blocks
+
+
 def goes_on(work: Seq[Work], sequences: Mapping[str, Sequence]) -> bool:
     """Whether one sequence decodes plainly and greedily and will probably go on to do so."""
     if len(work) != 1:
@@ -57,6 +72,37 @@ def goes_on(work: Seq[Work], sequences: Mapping[str, Sequence]) -> bool:
     plain = w.n_rows == 1 and w.n_drafts == 0 and sequence.stats.n_passes > 0
     greedy = sequence.request.params.greedy and sequence.sampler is None
     return plain and greedy and len(sequence.tokens) + 1 < sequence.limit
+
+
+def may_leave(work: Seq[Work], sequences: Mapping[str, Sequence]) -> bool:
+    """Whether drafts are needed by the pass alone: of one sequence that decodes greedily."""
+    if len(work) != 1 or work[0].n_rows != 1:
+        return False
+    sequence = sequences[work[0].sequence]
+    return sequence.request.params.greedy and sequence.sampler is None
+
+
+def left_of(work: Seq[Work], blocks: Mapping[str, Block]) -> Left | None:
+    """Drafts that a pass of one sequence takes from the device; those of several are read now."""
+    for w in work:
+        block = blocks.get(w.sequence, NO_DRAFTS)
+        if block.left is not None:
+            if len(work) == 1:
+                return block.left
+            block.left.read()
+            block.left = None
+    return None
+
+
+def check_draft(draft: Draft, tokens: list[list[int]], n: int, vocab: int) -> None:
+    """A drafter that breaks its own rules must not get as far as the target's pass."""
+    if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
+        raise OutdraftError("the drafter answered for another number of sequences")
+    if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
+        raise OutdraftError("the drafter gave a length that its tokens do not have")
+    for own, k in zip(tokens, draft.lengths, strict=True):
+        if any(not 0 <= token < vocab for token in own[:k]):
+            raise OutdraftError("the drafter gave a token outside the vocabulary")
 
 
 def admissible(sequence: Sequence, block: Block) -> Block:
@@ -72,21 +118,6 @@ def admissible(sequence: Sequence, block: Block) -> Block:
     if block.probs_KV is None:
         return replace(block, tokens=block.tokens[:n])
     return Block(block.tokens[: n + 1], block.probs_KV[: n + 1])
-
-
-def check_draft(draft: Draft, tokens: list[list[int]], n: int, vocab: int) -> None:
-    """A drafter that breaks its own rules must not get as far as the target's pass.
-
-    Raises:
-        OutdraftError: it has.
-    """
-    if not len(draft.tokens_BK) == len(draft.probs) == len(draft.lengths) == n:
-        raise OutdraftError("the drafter answered for another number of sequences")
-    if any(not 0 <= k <= draft.tokens_BK.shape[1] for k in draft.lengths):
-        raise OutdraftError("the drafter gave a length that its tokens do not have")
-    for own, k in zip(tokens, draft.lengths, strict=True):
-        if any(not 0 <= token < vocab for token in own[:k]):
-            raise OutdraftError("the drafter gave a token outside the vocabulary")
 
 
 def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int]) -> Verdict:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ from outdraft.engine.decide import (
     admissible,
     check_draft,
     decide,
-    forced_block,
+    forced_blocks,
     goes_on,
+    left_of,
+    may_leave,
     report_prompt,
     reported,
 )
-from outdraft.engine.graphs import Pass, TargetPass
+from outdraft.engine.graphs import Left, Pass, Rows, TargetPass, rows_of
 from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
@@ -37,7 +40,14 @@ from outdraft.engine.stats import Counters, Faults, describe, not_finite
 from outdraft.errors import OutdraftError
 from outdraft.models.registry import Target
 from outdraft.request import FinishReason, TokenEvent
-from outdraft.speculate.drafter import Drafter, ReadsStates, SequenceView, TargetView
+from outdraft.speculate.drafter import (
+    Drafter,
+    LeavesTokens,
+    ReadsStates,
+    Scored,
+    SequenceView,
+    TargetView,
+)
 from outdraft.speculate.verify import Verdict
 
 
@@ -48,17 +58,6 @@ class _Proposal:
     view: TargetView | None
     blocks: dict[str, Block]
     accepted: dict[str, int]
-
-
-@dataclass(slots=True)
-class _Rows:
-    """One sequence's part of a pass: where its rows are, the best id of the scored ones."""
-
-    start: int
-    n_rows: int
-    best: list[int]
-    hidden_TH: Tensor  # of the whole pass
-    logits_RV: Tensor
 
 
 class Runner:
@@ -114,7 +113,7 @@ class Runner:
         that says `error`.
         """
         start, n_failed = time.perf_counter(), self._n_failed
-        given = self._forced(plan, sequences)
+        given = forced_blocks(plan.work, sequences)
         proposal = self._propose([w for w in plan.work if w.sequence not in given], sequences)
         proposal.blocks.update(given)
         drafted = time.perf_counter()
@@ -194,38 +193,36 @@ class Runner:
             block = proposal.blocks.get(w.sequence, NO_DRAFTS)
             n_rows = w.n_rows + len(block.tokens)
             n_scored = n_rows - w.n_rows + 1 if w.n_rows == sequence.n_pending else 0
-            scores = slice(scored, scored + n_scored)
-            own = _Rows(row, n_rows, best[scores], done.hidden_TH, done.logits_RV[scores])
+            own = Rows(row, n_rows, scored, best[scored : scored + n_scored], done)
             row, scored = row + n_rows, scored + n_scored
             n_tokens = len(sequence.tokens)
             try:
                 n_kept = self._finish(sequence, w, own, proposal, events)
                 newest[sequence.id] = own.start + n_kept - 1
                 if self._reader is not None:
-                    first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[own.start :]
-                    self._drafter_call(self._reader.read, sequence.id, first, rows_TH[:n_kept])
+                    first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[:n_kept]
+                    self._drafter_call(self._reader.read, sequence.id, first, rows_TH)
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
         if self.drafter is not None and self.drafter.needs.final_hidden and newest:
-            for sequence_id, row in newest.items():  # an index of all would wait for the device
-                self.hidden[sequence_id] = done.hidden_TH[row].clone()
+            self.hidden.update(rows_of(done.hidden_TH, newest))
         return events
 
     def _finish(
         self,
         sequence: Sequence,
         work: Work,
-        own: "_Rows",
+        own: Rows,
         proposal: _Proposal,
         events: list[TokenEvent],
     ) -> int:
         """What follows the pass for one sequence; how many of its rows stay in memory."""
         self.memory.advance(sequence.id, own.n_rows)
         if sequence.request.params.prompt_logprobs is not None:
-            report_prompt(self.target, sequence, own.hidden_TH[own.start :][: own.n_rows])
+            report_prompt(self.target, sequence, own.hidden_TH)
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
-            if not bool(torch.isfinite(own.hidden_TH[own.start :][: own.n_rows]).all()):
+            if not bool(torch.isfinite(own.hidden_TH).all()):
                 raise not_finite()
             self._keep_rows(sequence, own.n_rows, work.n_rows)
             self._settle(sequence)
@@ -238,7 +235,7 @@ class Runner:
             probs = block.probs_KV
             probs = None if probs is None else probs[: n_good - 1]
             block = Block(block.tokens[: n_good - 1], probs, block.forced)
-        logits_RV = own.logits_RV[:n_good]
+        logits_RV = own.logits(n_good)
         verdict = decide(sequence, block, logits_RV, own.best)
         n_kept = work.n_rows + verdict.n_accepted
         self._keep_rows(sequence, own.n_rows, n_kept)
@@ -252,18 +249,6 @@ class Runner:
         self.faults.n_request += 1
         message = str(error) if isinstance(error, OutdraftError) else describe(error)
         return sequence.abort(FinishReason.ERROR, message)
-
-    def _forced(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> dict[str, Block]:
-        """Blocks of those whose grammar says how they go on; the drafter is not asked for them."""
-        blocks = {}
-        for w in plan.work:
-            try:
-                block = forced_block(sequences[w.sequence], w.n_drafts) if w.n_drafts else None
-            except Exception:  # it comes again where the request fails of it alone
-                block = None
-            if block is not None:
-                blocks[w.sequence] = block
-        return blocks
 
     def _propose(self, work: Seq[Work], sequences: Mapping[str, Sequence]) -> _Proposal:
         """Ask the drafter; if it fails, ask for each sequence alone; who fails has no drafts."""
@@ -301,18 +286,29 @@ class Runner:
                 for s in asking
             ]
         )
-        draft = drafter.propose(view, max(w.n_drafts for w in work))
+        k = max(w.n_drafts for w in work)
+        if isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences):
+            draft = drafter.leave(view, k)
+        else:
+            draft = drafter.propose(view, k)
         tokens = draft.tokens_BK.tolist()
         check_draft(draft, tokens, len(work), self.target.config.vocab_size)
         blocks = {}
         lengths = [min(w.n_drafts, n) for w, n in zip(work, draft.lengths, strict=True)]
-        if self.lengths is not None:
+        if self.lengths is not None and draft.left_K is None:
             lengths = self.lengths.worth_verifying(asking, lengths, draft)
         for b, (w, n) in enumerate(zip(work, lengths, strict=True)):
             probs = draft.probs[b]
             block = Block(tokens[b][:n], None if probs is None else probs[:n])
+            if draft.left_K is not None:
+                follow = partial(self._follow, view, k) if asking[b].draft_room > k + 1 else None
+                block.left = Left(draft.left_K[:n], block.tokens, follow)
             blocks[w.sequence] = admissible(sequences[w.sequence], block)
         return _Proposal(view, blocks, {})
+
+    def _follow(self, view: TargetView, k: int, scored: Scored) -> None:
+        assert isinstance(self.drafter, LeavesTokens)
+        self._drafter_call(self.drafter.follow, view, k, scored)
 
     def _view(self, views: list[SequenceView]) -> TargetView:
         return TargetView(views, self.memory, self.target.model.embed, self.target.ops)
@@ -336,6 +332,7 @@ class Runner:
         tokens: list[int] = []
         wanted: list[int] = []
         spans = []
+        left = left_of(work, blocks)
         for w in work:
             sequence = sequences[w.sequence]
             at, first = sequence.n_computed, len(tokens)
@@ -346,7 +343,7 @@ class Runner:
                 wanted += range(first + w.n_rows - 1, len(tokens))
             self.memory.reserve(w.sequence, len(tokens) - first)
         ahead = not isinstance(self.drafter, ReadsStates) and goes_on(work, sequences)
-        return self.target_pass.run(tokens, spans, wanted, ahead=ahead)
+        return self.target_pass.run(tokens, spans, wanted, ahead=ahead, left=left)
 
     def _keep_rows(self, sequence: Sequence, n_rows: int, n_kept: int) -> None:
         """Roll the memory back to the rows that belong to committed tokens."""

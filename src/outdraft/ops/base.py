@@ -338,6 +338,30 @@ class Fuses(Protocol):
         """
         ...
 
+    def accept(
+        self,
+        token_T: Tensor,
+        best_T: Tensor,
+        hidden_TH: Tensor,
+        windows_G: Tensor,
+        numbers: Tensor,
+        hidden_1H: Tensor,
+    ) -> None:
+        """Move the next draft round of a sequence on by the drafts that stay; all on the device.
+
+        Draft i stays if those before it do and row i's best token is it. The best token of the
+        row behind the last that stays is the newest token.
+
+        Args:
+            token_T: int32, the newest token and its drafts; `best_T`: int32, of each row.
+            hidden_TH: of each row.
+            windows_G: int32, of each group of layers that the drafter reads; 0: all keys.
+            numbers: int32, those of the round as if none stayed: token, position, sequence, newest
+                key, and for each group the oldest key. All but the third are changed.
+            hidden_1H: gets that of the row.
+        """
+        ...
+
     def best_or_none(self, logits_TV: Tensor) -> Tensor:
         """`argmax`, and -1 where that logit is not finite."""
         ...

@@ -15,6 +15,11 @@ from outdraft.ops.reference import ReferenceOps, activate
 class BatchedOps(ReferenceOps):
     """`ReferenceOps` with one product for all rows and no paged attention."""
 
+    @property
+    def device(self) -> torch.device:
+        """See `Ops.device`: that of the `with torch.device(…)` around the call."""
+        return torch.get_default_device()
+
     def linear(self, x_TK: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See `Ops.linear`; never narrower than its inputs."""
         y_TN = F.linear(x_TK, weight)

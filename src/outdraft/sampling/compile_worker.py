@@ -1,13 +1,15 @@
 """A process that compiles grammars so that the engine's need not find out how that ends.
 
 Run as a script by compile_check.py. The first line of its input is a JSON object: the tokenizer and
-the limits; every other line is a grammar as a JSON string. Each is answered by a line: null, or the
-error as a string. A grammar that takes too long, too much memory or too much stack ends the process
-instead. It imports nothing of outdraft, which would take longer than most grammars.
+the limits; every other line is a list of a grammar and the seconds of a core that it may take. Each
+is answered by a line: null, or the error as a string. A grammar that takes more of them (SIGXCPU),
+too much memory or too much stack ends the process instead. It imports nothing of outdraft, which
+would take longer than most grammars.
 """
 
 import contextlib
 import json
+import math
 import resource
 import sys
 import threading
@@ -30,9 +32,9 @@ def main() -> None:
     threading.stack_size(STACK_BYTES)
     _answer(None)
     for line in sys.stdin:
-        used_s = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        _limit("RLIMIT_CPU", int(used_s + setup["cpu_s"]) + 1)  # if nobody is left to kill it
-        source = json.loads(line)
+        source, cpu_s = json.loads(line)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _limit("RLIMIT_CPU", math.ceil(used.ru_utime + used.ru_stime + cpu_s))
         found: list[str | None] = []
         thread = threading.Thread(target=lambda: found.append(tried(tokenizer, source, limits)))  # noqa: B023
         thread.start()

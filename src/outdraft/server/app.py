@@ -30,7 +30,7 @@ from outdraft.server.guard import Access, Guard, Visit
 from outdraft.server.openai_chat import ChatRequest, chat
 from outdraft.server.responses import ResponsesRequest, responses
 from outdraft.server.service import Service
-from outdraft.server.sse import error_response
+from outdraft.server.sse import error_response, unless_left
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {
@@ -118,6 +118,7 @@ def make_app(service: Service, access: Access, log: Callable[[dict[str, Any]], N
                 "route": visit.route or "other",
                 "status": visit.status,
                 "ms": round(seconds * 1e3, 3),
+                **({"left": True} if visit.left_at is not None else {}),
                 **visit.notes,
             }
         )
@@ -177,7 +178,11 @@ def _responses() -> dict[str, Any]:
 
 def _post(front: Front, service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await front(request, service)
+        await request.body()  # from here on, what is received next is that the client has left
+        answer = await unless_left(front(request, service), request.receive)
+        if answer is None:
+            raise ClientDisconnect
+        return answer
 
     return endpoint
 

@@ -66,8 +66,8 @@ async def completions(request: Request, service: Service) -> Response:
     return Awaited(answer.whole, answer.close)
 
 
-def prompts_of(prompt: Any) -> list[str | tuple[int, ...]]:
-    """The prompts of a request.
+def prompts_of(prompt: Any, name: str = "prompt") -> list[str | tuple[int, ...]]:
+    """The prompts of a request; `name` is their field.
 
     Raises:
         ApiError: there is none.
@@ -75,7 +75,7 @@ def prompts_of(prompt: Any) -> list[str | tuple[int, ...]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise bad_request("prompt is empty", "prompt")
+        raise bad_request(f"{name} is empty", name)
     if isinstance(prompt[0], int):
         return [tuple(prompt)]
     return [p if isinstance(p, str) else tuple(p) for p in prompt]
@@ -149,9 +149,8 @@ class CompletionAnswer:
                         reasons[delta.index] = self._finish(number, run, delta)
                         if self.asked.echo and delta.end.prompt_logprobs:
                             prompt = zip(run.prompt_tokens, delta.end.prompt_logprobs, strict=True)
-                            own = [
-                                Token(i, self.service.token_text(i), False, p) for i, p in prompt
-                            ]
+                            decode = self.service.tokenizer.decode  # no text for special ones
+                            own = [Token(i, decode([i]), False, p) for i, p in prompt]
                             tokens[delta.index] = own + tokens[delta.index]
             for index in range(n):
                 choice = self._choice(number, index, texts[index], reasons[index])

@@ -174,6 +174,7 @@ class Engine:
         salt: str = "",
         draft_n_max: int | None = None,
         detail: bool = False,
+        store: bool = True,
     ) -> Stream:
         """Send a request. Await `accepted` of the stream: then it is in the engine's queue.
 
@@ -182,6 +183,7 @@ class Engine:
         Args:
             mailbox: where its batches go; several requests may share one.
             detail: tell the number of drafts of each block, too.
+            store: False keeps nothing of it to learn from.
 
         Raises:
             ApiError: there is no engine at the moment.
@@ -202,14 +204,18 @@ class Engine:
                 "salt": salt,
                 "draft_n_max": draft_n_max,
                 "detail": detail,
+                "store": store,
             }
         )
         return stream
 
-    def close(self, stream: Stream) -> None:
-        """Nobody reads a stream any more: abort its request, unless it has ended."""
+    def close(self, stream: Stream, left_at: float | None = None) -> None:
+        """Nobody reads a stream any more: abort its request, unless it has ended.
+
+        `left_at` is when its client's connection closed (time.monotonic), if that is why.
+        """
         if self._streams.pop(stream.name, None) is not None and not stream.ended:
-            self._send({"op": "abort", "id": stream.name})
+            self._send({"op": "abort", "id": stream.name, "left": left_at})
         stream.ended = True
         if not stream.accepted.cancel() and not stream.accepted.cancelled():
             stream.accepted.exception()  # seen, whoever else looks
@@ -229,6 +235,8 @@ class Engine:
             return await answer
         finally:
             self._answers.pop(name, None)
+            if answer.cancelled():  # the client has left
+                self._send({"op": "abort", "id": name, "left": None})
 
     def require_ready(self) -> None:
         """Raises ApiError (503) while there is no engine to ask."""
@@ -291,6 +299,12 @@ class Engine:
                     with contextlib.suppress(ProcessLookupError):
                         self._process.kill()
                 await self._process.wait()
+
+    def drop_answers(self, error: Exception) -> None:
+        """Who waits for embeddings gets an error."""
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
 
     def _hear(self, message: dict[str, Any]) -> None:
         self._heard_at = time.monotonic()
@@ -355,9 +369,7 @@ class Engine:
                 stream.mailbox.put(error)
             else:
                 stream.accepted.set_exception(error)
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(error)
+        self.drop_answers(error)
         self.stats = {**self.stats, "running": 0, "waiting": 0}
 
 

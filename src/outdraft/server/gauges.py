@@ -6,15 +6,38 @@ their names in Prometheus (metrics.py).
 
 import time
 from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from outdraft.engine.engine import LLM
+from outdraft.engine.replay import LearnStats
 from outdraft.engine.sequence import Sequence
 from outdraft.request import TokenEvent
 from outdraft.server.errors import public
 
 WINDOW_S = 3.0
 """Rates are over so many last seconds with work."""
+
+
+@dataclass(slots=True)
+class Aborts:
+    """Requests in progress that were ended, and how many steps they were in meanwhile.
+
+    Attributes:
+        late_steps: that began after the order to end a request had arrived, all together.
+        left: how many were ended because their connection closed.
+        left_steps: that began after it had closed, all together.
+        left_steps_max: the most for one request.
+        left_ms_max: the longest from a connection's end to the end of its request.
+    """
+
+    n: int = 0
+    late_steps: int = 0
+    left: int = 0
+    left_steps: int = 0
+    left_steps_max: int = 0
+    left_ms_max: float = 0.0
 
 
 class Gauges:
@@ -24,6 +47,7 @@ class Gauges:
         self.llm = llm
         self.draft_s = self.verify_s = 0.0
         self.n_tokens = 0
+        self.aborts = Aborts()
         self._times: deque[tuple[float, int]] = deque()
 
     def count(self, events: list[TokenEvent]) -> None:
@@ -37,13 +61,33 @@ class Gauges:
                 self._times.popleft()
 
     def end(self, sequence: Sequence) -> None:
-        """A request has ended: its seconds of drafting and of passes count from now on."""
+        """A request has ended: its seconds of drafting and of passes are kept."""
         self.draft_s += sequence.times.draft_s
         self.verify_s += sequence.times.forward_s
 
+    def abort(self, n_late: int, left_at: float | None, step_starts: Seq[float]) -> None:
+        """A request was ended before its time.
+
+        Args:
+            n_late: steps that began after the order to end it had arrived.
+            left_at: when its connection closed, if that is why (time.monotonic).
+            step_starts: when the last steps began, in order.
+        """
+        aborts = self.aborts
+        aborts.n += 1
+        aborts.late_steps += n_late
+        if left_at is None:
+            return
+        n_steps = sum(started > left_at for started in step_starts)
+        aborts.left += 1
+        aborts.left_steps += n_steps
+        aborts.left_steps_max = max(aborts.left_steps_max, n_steps)
+        aborts.left_ms_max = max(aborts.left_ms_max, (time.monotonic() - left_at) * 1e3)
+
     def read(self, now: float) -> dict[str, Any]:
         """All of it."""
-        stats = self.llm.stats()
+        stats, scheduler = self.llm.stats(), self.llm.scheduler
+        times = [s.times for s in (*scheduler.running.values(), *scheduler.waiting)]
         drafts = stats.drafts
         return {
             "running": stats.n_running,
@@ -58,8 +102,9 @@ class Gauges:
             "accepted": drafts.accepted,
             "tokens_per_pass": drafts.tokens_per_pass,
             "acceptance_by_position": drafts.acceptance_by_position,
-            "draft_s": self.draft_s,
-            "verify_s": self.verify_s,
+            "draft_s": self.draft_s + sum(t.draft_s for t in times),
+            "verify_s": self.verify_s + sum(t.forward_s for t in times),
+            "aborts": asdict(self.aborts),
             "pages": {
                 "free": sum(p.free for p in stats.pages.values()),
                 "used": sum(p.used for p in stats.pages.values()),
@@ -74,6 +119,7 @@ class Gauges:
             "draft_n_now": stats.draft_length,
             "draft_reason": public(stats.why_not_drafting or self.llm.pairing.reason, names=True),
             "speedup_measured": stats.speed_up,
+            "learn": None if stats.learn is None else _learning(stats.learn),
         }
 
     def _rate(self, now: float) -> float:
@@ -83,6 +129,11 @@ class Gauges:
             return 0.0
         span = recent[-1][0] - recent[0][0]
         return sum(n for _, n in recent[1:]) / span if span > 0 else 0.0
+
+
+def _learning(stats: LearnStats) -> dict[str, Any]:
+    """Without paths: this reaches clients."""
+    return {**asdict(stats), "last_error": public(stats.last_error)}
 
 
 def describe(llm: LLM) -> dict[str, Any]:
@@ -98,4 +149,5 @@ def describe(llm: LLM) -> dict[str, Any]:
         "draft_reason": public(llm.pairing.reason, names=True),
         "max_sequences": llm.config.max_sequences,
         "hidden_size": target.config.hidden_size,
+        "learning": llm.config.learn,
     }

@@ -95,11 +95,16 @@ class Access:
 
 @dataclass(slots=True)
 class Visit:
-    """One request: who, when, and what its log line says beside that."""
+    """One request: who, when, and what its log line says beside that.
+
+    `left_at` is when its connection closed under it (protocol.py says so); both times are
+    time.monotonic's.
+    """
 
     id: str
     client: str = ""
     started: float = field(default_factory=time.monotonic)
+    left_at: float | None = None
     status: int = 0
     route: str = ""
     ignored: list[str] = field(default_factory=list)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from outdraft import __version__
 from outdraft.server.completions import Ids, prompts_of
-from outdraft.server.engine import EngineGone, State
+from outdraft.server.engine import State
 from outdraft.server.errors import ApiError, bad_request
 from outdraft.server.guard import visit_of
 from outdraft.server.schema import Loose, parse
@@ -124,6 +124,7 @@ def props(service: Service) -> Response:
             "draft_n_max": info.get("draft_n_max"),
             "draft_reason": info.get("draft_reason"),
             "compute": info.get("compute"),
+            "learning": info.get("learning", False),
         }
     )
 
@@ -156,6 +157,10 @@ async def detokenize(request: Request, service: Service) -> Response:
     """Token ids to text."""
     visit = visit_of(request.scope)
     asked = parse(DetokenizeRequest, await read_body(request, service.limits), visit)
+    size = service.engine.info.get("vocab_size")
+    beyond = next((i for i in asked.tokens if size is not None and i >= size), None)
+    if beyond is not None:
+        raise bad_request(f"token {beyond} is beyond the vocabulary of {size}", "tokens")
     text = service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
     return json_response({"content": text, "prompt": text})
 
@@ -167,13 +172,10 @@ async def embeddings(request: Request, service: Service) -> Response:
     service.note_model(asked.model, visit)
     if asked.dimensions not in (None, service.engine.info.get("hidden_size")):
         raise bad_request("dimensions cannot be chosen for this model", "dimensions")
-    prompts = prompts_of(asked.input)
+    prompts = prompts_of(asked.input, "input")
     service.limits.check_count("input", len(prompts), service.limits.prompts)
     inputs = [await service.jobs.tokens(p) for p in prompts]
-    try:
-        vectors = await service.engine.embed(inputs, asked.pooling)
-    except EngineGone as error:
-        raise ApiError(503, str(error), "engine_gone", retry_after_s=1) from error
+    vectors = await service.jobs.embed(visit.client, inputs, asked.pooling)
     n_tokens = sum(map(len, inputs))
     return json_response(
         {

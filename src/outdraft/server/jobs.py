@@ -48,7 +48,9 @@ class Job:
         salt: requests with different salts share no cached prompts.
         drafting: False decodes this request plainly.
         detail: one delta for each verified block, with its number of drafts.
+        store: False keeps nothing of it to learn from.
         adapt: makes the final parameters when the prompt's tokens are known.
+        left_at: when the client's connection closed (time.monotonic); None while it is open.
     """
 
     prompt: Prompt
@@ -57,7 +59,9 @@ class Job:
     salt: str = ""
     drafting: bool = True
     detail: bool = False
+    store: bool = True
     adapt: Callable[[SamplingParams, tuple[int, ...]], SamplingParams] | None = None
+    left_at: Callable[[], float | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,7 @@ class Running:
         if not self._closed:
             self._closed = True
             for stream in self.streams:
-                self._jobs.engine.close(stream)
+                self._jobs.engine.close(stream, self.job.left_at())
             self._jobs.leave(self)
 
     def _deltas(self, batch: Batch) -> list[Delta]:
@@ -198,11 +202,13 @@ class Jobs:
             ApiError: it is refused: 400 for what it asks, 429 or 503 for when.
         """
         self.limits.check_params(job.params)
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", "shutting_down", retry_after_s=10)
-        self.engine.require_ready()
+        self._check_open()
+        n = job.params.n
+        if n > self.limits.per_client:
+            raise bad_request(f"n is {n}, more than a client may have in flight", "n")
         running = Running(self, job, ())
-        self._enter(running)
+        self._take_place(job.client, n)
+        self.running.add(running)
         try:
             running.prompt_tokens = await self.tokens(job.prompt)
             if job.adapt is not None:
@@ -273,27 +279,46 @@ class Jobs:
         """End everything that runs, with an error that every client gets."""
         for running in self.running:
             running.mailbox.put(EngineGone(reason))
+        self.engine.drop_answers(EngineGone(reason))
+
+    async def embed(
+        self, client: str, inputs: list[tuple[int, ...]], pooling: str
+    ) -> list[list[float]]:
+        """Vectors of texts. It has a place among what is in flight, like a completion.
+
+        Raises:
+            ApiError: it is refused (429, 503), or the engine died.
+        """
+        self._check_open()
+        self._take_place(client, 1)
+        try:
+            return await self.engine.embed(inputs, pooling)
+        except EngineGone as error:
+            raise ApiError(503, str(error), "engine_gone", retry_after_s=1) from error
+        finally:
+            self._give_place(client, 1)
 
     def leave(self, running: Running) -> None:
         """A job is over."""
         if running in self.running:
             self.running.discard(running)
-            client = running.job.client
-            self._clients[client] -= running.job.params.n
-            if self._clients[client] <= 0:
-                del self._clients[client]
+            self._give_place(running.job.client, running.job.params.n)
 
-    def _enter(self, running: Running) -> None:
-        client, n = running.job.client, running.job.params.n
-        if n > self.limits.per_client:
-            raise bad_request(f"n is {n}, more than a client may have in flight", "n")
-        busy = self.limits.too_busy(self.n_in_flight, self._clients[client], n)
+    def _check_open(self) -> None:
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", "shutting_down", retry_after_s=10)
+        self.engine.require_ready()
+
+    def _take_place(self, client: str, n: int) -> None:
+        busy = self.limits.too_busy(self.n_in_flight, self._clients.get(client, 0), n)
         if busy is not None:
-            if not self._clients[client]:
-                del self._clients[client]
             raise busy
         self._clients[client] += n
-        self.running.add(running)
+
+    def _give_place(self, client: str, n: int) -> None:
+        self._clients[client] -= n
+        if self._clients[client] <= 0:
+            del self._clients[client]
 
     async def _submit(self, running: Running) -> None:
         job = running.job
@@ -309,6 +334,7 @@ class Jobs:
                 salt=salt,
                 draft_n_max=None if job.drafting else 0,
                 detail=job.detail,
+                store=job.store,
             )
             running.streams.append(stream)
         for stream in running.streams:

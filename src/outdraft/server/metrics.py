@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from outdraft.server.engine import Engine, State
 from outdraft.server.guard import Visit
 from outdraft.server.jobs import End, Jobs
+from outdraft.server.learn_metrics import learning
 
 if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry as Registry
@@ -109,12 +110,27 @@ class _EngineCollector(Collector):
         yield _gauge("generation_tokens_per_second", "Of the last seconds.", stats.get("tok_s", 0))
         for name, key, text in _COUNTS:
             yield _count(name, text, stats.get(key, 0))
+        yield from _aborts(stats)
         yield from _pages(stats.get("pages", {}))
         yield from _drafts(stats, engine.info)
+        if stats.get("learn"):
+            yield from learning(stats["learn"])
         faults = CounterMetricFamily("outdraft_faults", "Failures, contained.", labels=("stage",))
         for stage, n in stats.get("faults", {}).items():
             faults.add_metric((stage,), n)
         yield faults
+
+
+def _aborts(stats: dict[str, Any]) -> Iterator[Metric]:
+    aborts = stats.get("aborts", {})
+    yield _count("engine_steps", "Steps of the engine.", stats.get("steps", 0))
+    for name, key, text in (
+        ("aborts", "n", "Requests in progress that were ended."),
+        ("abort_late_steps", "late_steps", "Steps they were in after the order to end them."),
+        ("disconnects", "left", "Requests ended because their connection closed."),
+        ("disconnect_steps", "left_steps", "Steps they were in after it had closed."),
+    ):
+        yield _count(name, text, aborts.get(key, 0))
 
 
 def _drafts(stats: dict[str, Any], info: dict[str, Any]) -> Iterator[Metric]:

@@ -5,10 +5,12 @@ bodies (guard.py).
 """
 
 import asyncio
+import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from outdraft.server.guard import VISIT, Visit
 from outdraft.server.limits import Limits
 from outdraft.server.sse import ABORT_KEY
 
@@ -80,6 +82,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.disarm()
+            _note_loss(self.cycle)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -97,8 +100,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-            scope[ABORT_KEY] = self.transport.abort
+            self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
 
         def on_headers_complete(self) -> None:
             self.disarm()
@@ -116,7 +118,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def disarm(self) -> None:
             if self.deadline is not None:
                 self.deadline.cancel()
-                self.deadline = None
+            self.deadline = None
 
         def refuse(self, status: int) -> None:
             if not self.transport.is_closing():
@@ -124,3 +126,10 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 self.transport.close()
 
     return LimitedProtocol
+
+
+def _note_loss(cycle: Any) -> None:
+    """The connection of a request has closed, or of none."""
+    visit = None if cycle is None else cycle.scope.get(VISIT)
+    if isinstance(visit, Visit):
+        visit.left_at = time.monotonic()

@@ -73,6 +73,7 @@ class Renderer:
         self.limit_s = limit_s
         self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
         self._starting: asyncio.Task[None] | None = None
+        self._working: set[asyncio.Task[str]] = set()
         self._children = [_Child(path) for _ in range(N_PROCESSES)]
         for child in self._children:
             self._idle.put_nowait(child)
@@ -101,14 +102,26 @@ class Renderer:
         Raises:
             ApiError: the template refuses it, or took too long.
         """
+        message = {
+            "messages": messages,
+            "tools": tools,
+            "options": options or {},
+            "add_generation_prompt": add_generation_prompt,
+        }
+        # A caller that leaves must not cost a process: its answer is read all the same.
+        work = asyncio.create_task(self._rendered(message))
+        self._working.add(work)
+        work.add_done_callback(self._worked)
+        return await asyncio.shield(work)
+
+    def _worked(self, work: asyncio.Task[str]) -> None:
+        self._working.discard(work)
+        if not work.cancelled():
+            work.exception()  # seen, if nobody waits for it any more
+
+    async def _rendered(self, message: dict[str, Any]) -> str:
         child = await self._idle.get()
         try:
-            message = {
-                "messages": messages,
-                "tools": tools,
-                "options": options or {},
-                "add_generation_prompt": add_generation_prompt,
-            }
             if not child.runs:
                 await child.start()
             async with asyncio.timeout(self.limit_s):
@@ -133,5 +146,7 @@ class Renderer:
         """End the processes."""
         if self._starting is not None:
             self._starting.cancel()
+        for work in self._working:
+            work.cancel()
         for child in self._children:
             await child.kill()

@@ -201,6 +201,10 @@ class ResponsesAnswer:
             "input_tokens": usage.n_prompt,
             "input_tokens_details": {"cached_tokens": usage.n_cached, "cache_write_tokens": 0},
             "output_tokens": usage.n_completion,
-            "output_tokens_details": {"reasoning_tokens": n_thought},
+            "output_tokens_details": {
+                "reasoning_tokens": n_thought,
+                "accepted_prediction_tokens": usage.n_accepted,
+                "rejected_prediction_tokens": usage.n_rejected,
+            },
             "total_tokens": usage.n_prompt + usage.n_completion,
         }

@@ -190,7 +190,7 @@ async def _drain(service: Service, drain_s: float) -> None:
     """Let requests end; those that have not in time get an error as their last event."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
-    while service.jobs.running and loop.time() < deadline:
+    while service.jobs.n_in_flight and loop.time() < deadline:
         await asyncio.sleep(DRAIN_LOOK_S)
     service.jobs.cut("the server is shutting down")
 

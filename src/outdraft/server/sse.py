@@ -7,7 +7,7 @@ events say (the fronts).
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from starlette.responses import Response
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from outdraft.server.errors import ApiError, body, is_anthropic
 
+T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 TICK_S = 1.0
 KEEP_ALIVE_S = 15.0
@@ -66,7 +67,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await _unless_left(self._timed(scope, send), receive)
+            await unless_left(self._timed(scope, send), receive)
         finally:
             self.close()
 
@@ -144,7 +145,7 @@ class Awaited(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await _unless_left(self._produce(scope, receive, send), receive)
+            await unless_left(self._produce(scope, receive, send), receive)
         finally:
             self.close()
 
@@ -186,8 +187,8 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-async def _unless_left(work: Awaitable[None], receive: Receive) -> None:
-    """Await `work`; it is cancelled when the client leaves before it is done."""
+async def unless_left(work: Awaitable[T], receive: Receive) -> T | None:
+    """Await `work`; it is cancelled when the client leaves before it is done. None if it was."""
     task = asyncio.current_task()
     assert task is not None
     left, gone = asyncio.ensure_future(_left(receive)), False
@@ -201,10 +202,11 @@ async def _unless_left(work: Awaitable[None], receive: Receive) -> None:
 
     left.add_done_callback(leave)
     try:
-        await work
+        return await work
     except asyncio.CancelledError:
         if not gone or task.uncancel() > 0:
             raise
+        return None
     finally:
         left.remove_done_callback(leave)
         left.cancel()

@@ -24,9 +24,13 @@ _LISTS = ("stop", "stop_token_ids", "show_token_ids", "bad_words")
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """One frame."""
+    """One frame.
+
+    Raises:
+        ValueError: it is larger than any may be, as for all who receive one.
+    """
     body = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
-    assert len(body) <= MAX_FRAME_BYTES, "the limits keep messages smaller than this"
+    _check(len(body))
     return _HEAD.pack(len(body)) + body
 
 
@@ -36,7 +40,7 @@ def receive(sock: socket.socket) -> dict[str, Any] | None:
     if head is None:
         return None
     (size,) = _HEAD.unpack(head)
-    assert size <= MAX_FRAME_BYTES
+    _check(size)
     body = _exactly(sock, size)
     return None if body is None else orjson.loads(body)
 
@@ -65,7 +69,7 @@ class Frames(asyncio.Protocol):
         self._wanted = _HEAD.size
         while len(data) - at >= _HEAD.size:
             (size,) = _HEAD.unpack_from(data, at)
-            assert size <= MAX_FRAME_BYTES
+            _check(size)
             begin = at + _HEAD.size
             if len(data) < begin + size:
                 self._wanted = _HEAD.size + size
@@ -85,7 +89,7 @@ async def receive_async(reader: asyncio.StreamReader) -> dict[str, Any] | None:
     """The next message of a stream; None at its end."""
     try:
         (size,) = _HEAD.unpack(await reader.readexactly(_HEAD.size))
-        assert size <= MAX_FRAME_BYTES
+        _check(size)
         message: dict[str, Any] = orjson.loads(await reader.readexactly(size))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
@@ -119,6 +123,11 @@ def params_from_json(given: dict[str, Any]) -> SamplingParams:
     if "logit_bias" in values:
         values["logit_bias"] = tuple((t, float(bias)) for t, bias in values["logit_bias"])
     return SamplingParams(**values)
+
+
+def _check(size: int) -> None:
+    if size > MAX_FRAME_BYTES:  # the limits keep messages far below it
+        raise ValueError(f"a message of {size} bytes")
 
 
 def _exactly(sock: socket.socket, n: int) -> bytes | None:

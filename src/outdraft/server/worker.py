@@ -27,6 +27,7 @@ from typing import Any
 from outdraft.config import EngineConfig
 from outdraft.engine.embed import Pooling, embed
 from outdraft.engine.engine import LLM, completion_of
+from outdraft.engine.learning import Learning
 from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.errors import OutdraftError
 from outdraft.request import Logprobs, TokenEvent
@@ -39,6 +40,8 @@ takes time of a core that computes."""
 URGENT_S = 0.004
 """The same while a first or last token is held back: somebody waits for those."""
 IDLE_REPORT_S = 0.05
+KEPT_STARTS = 4096
+"""Beginnings of steps that are remembered, to count those since a connection closed."""
 STATS_S = 0.5
 GRAMMAR_THREADS = 2
 
@@ -79,26 +82,36 @@ class Worker:
         self.urgent = False
         self.embeddings: deque[_Embedding] = deque()
         self.gauges = Gauges(llm)
+        self.n_steps = 0  # that have begun
+        self.step_starts: deque[float] = deque(maxlen=KEPT_STARTS)
         self._lock = threading.Lock()
         self._flushed_at = self._reported_at = 0.0
         self._pool = ThreadPoolExecutor(GRAMMAR_THREADS, "grammar")
 
     def read(self) -> None:
         """The reading thread: commands until the socket closes, which ends the process."""
-        while (message := receive(self.sock)) is not None:
-            match message["op"]:
-                case "add" if message["grammar"]:
-                    with self._lock:
-                        self.preparing.add(message["id"])
-                    self._pool.submit(self.prepare, message)
-                case "add":
-                    self.prepare(message)
-                case "abort":
-                    self.inbox.put(partial(self.abort, message["id"]))
-                case "embed":
-                    texts = _Embedding(message["id"], message["inputs"], message["pooling"])
-                    self.inbox.put(partial(self.queue, texts))
-        self.inbox.put(lambda: False)
+        try:
+            while (message := receive(self.sock)) is not None:
+                self.hear(message)
+        finally:
+            self.inbox.put(lambda: False)
+
+    def hear(self, message: dict[str, Any]) -> None:
+        """One command; most become an order for the thread that steps."""
+        match message["op"]:
+            case "add" if message["grammar"]:
+                with self._lock:
+                    self.preparing.add(message["id"])
+                self._pool.submit(self.prepare, message)
+            case "add":
+                self.prepare(message)
+            case "abort":
+                with self._lock:  # no step begins between this count and the order
+                    abort = partial(self.abort, message["id"], message["left"], self.n_steps)
+                    self.inbox.put(abort)
+            case "embed":
+                texts = _Embedding(message["id"], message["inputs"], message["pooling"])
+                self.inbox.put(partial(self.queue, texts))
 
     def prepare(self, message: dict[str, Any]) -> None:
         """Make a request ready; what cannot be is refused. Any thread."""
@@ -109,6 +122,7 @@ class Worker:
                 params_from_json(message["params"]),
                 cache_salt=message["salt"],
                 draft_n_max=message["draft_n_max"],
+                store=message["store"],
             )
         except Exception as error:
             self.inbox.put(partial(self.refuse, _refusal(name, error)))
@@ -129,12 +143,21 @@ class Worker:
 
     def obey(self) -> bool:
         """Do what was asked meanwhile; waits while there is no work. False to stop."""
-        while not (self.inbox.empty() and (self.llm.scheduler.busy or self.embeddings)):
+        while not self._step_begins():
             if self.inbox.empty():  # idle
                 self.flush(time.monotonic())
             if not self._next_order()():
                 return False
         return True
+
+    def _step_begins(self) -> bool:
+        """Whether nothing else is asked for and there is work; then the step counts from now."""
+        with self._lock:
+            if not self.inbox.empty() or not (self.llm.scheduler.busy or self.embeddings):
+                return False
+            self.n_steps += 1
+            self.step_starts.append(time.monotonic())
+            return True
 
     def _next_order(self) -> Callable[[], bool]:
         """Waits for it; says how the engine is once nobody has asked for anything for a while."""
@@ -170,17 +193,24 @@ class Worker:
             self.gone.discard(name)
         return gone
 
-    def abort(self, name: str) -> bool:
-        """End a request before the next step."""
+    def abort(self, name: str, left_at: float | None, n_steps: int) -> bool:
+        """End a request before the next step.
+
+        Args:
+            left_at: when its connection closed (time.monotonic), if that is why.
+            n_steps: that had begun when the order arrived.
+        """
         sequence_id = self.by_name.get(name)
         if sequence_id is None:
             with self._lock:
                 if name in self.preparing:
                     self.gone.add(name)
+            self.embeddings = deque(e for e in self.embeddings if e.name != name)
             return True
         event = self.llm.abort(sequence_id)
         if event is not None:
             self.collect([event])
+            self.gauges.abort(self.n_steps - n_steps, left_at, self.step_starts)
         return True
 
     def queue(self, texts: _Embedding) -> bool:
@@ -194,6 +224,7 @@ class Worker:
             tokens = tuple(texts.inputs[len(texts.vectors)])
             check_prompt(tokens, self.llm.target.config.vocab_size, self.llm.ctx_size)
             chunk = self.llm.config.prefill_chunk
+            self.llm.learning.pause()
             texts.vectors.append(embed(self.llm.runner, tokens, texts.pooling, chunk).tolist())
         except Exception as error:
             self.embeddings.popleft()
@@ -202,6 +233,7 @@ class Worker:
             if len(texts.vectors) == len(texts.inputs):
                 self.embeddings.popleft()
                 self.send({"op": "embedding", "id": texts.name, "vectors": texts.vectors})
+        self.llm.learning.rest(busy=self.llm.scheduler.busy)
 
     def collect(self, events: list[TokenEvent]) -> None:
         """Hold events back for the next message."""
@@ -259,7 +291,8 @@ class Worker:
     def report(self, now: float) -> None:
         """Say how the engine is."""
         self._reported_at = now
-        self.send({"op": "stats", **self.gauges.read(now)})
+        self.flush(now)  # or who has just ended would count neither as running nor as ended
+        self.send({"op": "stats", "steps": self.n_steps, **self.gauges.read(now)})
 
     def send(self, message: dict[str, Any]) -> None:
         """One message; the server has gone if it cannot be sent, and then so do we."""
@@ -302,6 +335,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # or a full collection would look at all that was loaded, in the middle of a step
     worker = Worker(llm, sock)
+    if isinstance(llm.learning, Learning):
+        llm.learning.changed = lambda: worker.inbox.put(lambda: True)  # said when idle
     worker.send({"op": "loaded", "info": describe(llm)})
     threading.Thread(target=worker.read, name="commands", daemon=True).start()
     worker.run()

@@ -82,12 +82,15 @@ class Draft:
     (argmax, n-gram); otherwise the distributions fp32 [K, V] that the tokens were drawn from.
     `confidence_BK`, fp32, is the probability that the drafter itself gives each token (softmax of
     its raw scores, whatever the request's parameters); NaN or None where it does not know.
+    With `left_K`, int32 on the device, nobody has read the tokens of the only sequence: they are
+    there, and `tokens_BK` is zeros.
     """
 
     tokens_BK: Tensor
     probs: list[Tensor | None]
     lengths: list[int]
     confidence_BK: Tensor | None = None
+    left_K: Tensor | None = None
 
 
 def no_drafts(n: int, k: int) -> Draft:
@@ -146,6 +149,40 @@ class ReadsStates(Protocol):
 
     def read(self, sequence: str, first: int, hidden_TH: Tensor) -> None:
         """States of the tokens from position `first` on; the tensor may be overwritten later."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A pass that is under way, of one sequence: its newest token and drafts of it, T rows.
+
+    All on the device. `best_T` is the best token behind each row, -1 where there is none.
+    """
+
+    token_T: Tensor
+    best_T: Tensor
+    hidden_TH: Tensor
+
+
+@runtime_checkable
+class LeavesTokens(Protocol):
+    """A drafter whose drafts can stay on the device, so that nothing there waits for the host."""
+
+    @property
+    def leaves(self) -> bool:
+        """Whether this one can; without it the rest is not asked for."""
+        ...
+
+    def leave(self, view: TargetView, k: int) -> Draft:
+        """As `propose`, for one sequence that decodes greedily, without waiting: see `left_K`."""
+        ...
+
+    def follow(self, view: TargetView, k: int, scored: Scored) -> None:
+        """Launch the round after the one of this view, behind the pass that verifies that one.
+
+        Which drafts stay is decided on the device. The next `leave` gives it, if the sequence went
+        on from there.
+        """
         ...
 
 

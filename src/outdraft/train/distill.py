@@ -35,7 +35,7 @@ from outdraft.train.distilling import Answering, Following, Student, heldout_los
 from outdraft.train.export import export_like
 from outdraft.train.optimiser import OptimiserConfig
 from outdraft.train.plot import plot_losses
-from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
+from outdraft.train.run import PLOT_NAME, REPORT_NAME
 from outdraft.train.select import complete
 from outdraft.train.served import served_target
 from outdraft.train.traces import (
@@ -54,9 +54,10 @@ from outdraft.train.trainer import (
     run_phase,
     seconds_per_step,
 )
-from outdraft.train.weights import fastest_dtype, make_trainable
+from outdraft.train.weights import make_trainable
+from outdraft.train.work import decided_dtype, keep_decided, open_work, work_beside
 from outdraft.weights.checkpoint import Checkpoint
-from outdraft.weights.config import read_config, read_json
+from outdraft.weights.config import read_config
 from outdraft.weights.find import resolve_model
 
 HELDOUT_SHARE = 10  # at most one question in so many
@@ -75,44 +76,21 @@ class Distill:
         self, out: Path, settings: DistillSettings, report: Report, stop: StopFlag, *, fresh: bool
     ) -> None:
         self.out, self.settings, self.report, self.stop = out, settings, report, stop
-        self.work = out.parent / f".{out.name}.distilling"
+        self.work = work_beside(out, "distilling")
         self.start = time.monotonic()
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise TrainingError(f"{out} exists already", "choose another --out")
         self.student = resolve_model(settings.student)
         self.teacher = resolve_model(settings.teacher) if settings.teacher else None
         self.writer = Writer.load(self.student)
         if self.teacher is not None:
             check_pair(self.teacher, self.student)
         self.config, self.weights = student_weights(self.student)
-        if fresh:
-            shutil.rmtree(self.work, ignore_errors=True)
         wanted = asdict(settings) | {"digest": digest_of(settings)}
-        wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
-        self.decided: dict[str, Any]
-        if (self.work / RUN_NAME).exists():
-            self.decided = read_json(self.work / RUN_NAME, "distilling run")
-            if self.decided["settings"] != wanted:
-                raise TrainingError(
-                    f"{self.work} holds a run with other settings or data",
-                    "repeat its settings to resume it, or start over with --fresh",
-                )
-        else:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.decided = {
-                "settings": wanted,
-                "bf16": fastest_dtype(_CPU) == torch.bfloat16,
-                "threads": torch.get_num_threads(),
-                "steps": {},
-                "written": {},
-            }
-            self.decide()
-        torch.set_num_threads(self.decided["threads"])
-        self.dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
+        self.decided = open_work(self.work, wanted, fresh=fresh, steps={}, written={})
+        self.dtype = decided_dtype(self.decided)
 
     def decide(self) -> None:
         """Keep what was decided."""
-        replace_json(self.work / RUN_NAME, self.decided)
+        keep_decided(self.work, self.decided)
 
     def rows(self) -> tuple[list[Conversation], list[Conversation]]:
         """Conversations to learn from, and those held out; no question is in both."""

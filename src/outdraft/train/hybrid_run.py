@@ -20,7 +20,6 @@ from outdraft.config import EngineConfig
 from outdraft.engine.engine import LLM
 from outdraft.errors import TrainingError
 from outdraft.models import mtp, qwen3_5
-from outdraft.models.registry import DTYPES
 from outdraft.request import SamplingParams
 from outdraft.speculate.stats import DraftStats
 from outdraft.train.checkpoint import CheckpointStore, fingerprint, replace_json
@@ -29,7 +28,7 @@ from outdraft.train.hybrid import fresh_hybrid
 from outdraft.train.hybrid_presets import HybridPreset, find_preset
 from outdraft.train.mtp import HybridPretraining, MtpOptions, head_prefix
 from outdraft.train.plot import plot_pretraining
-from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME, same_settings, training_seconds
+from outdraft.train.run import PLOT_NAME, REPORT_NAME, training_seconds
 from outdraft.train.select import Prompt, complete, heldout_prompts
 from outdraft.train.tokenizer import (
     BOS_ID,
@@ -49,8 +48,9 @@ from outdraft.train.trainer import (
     run_phase,
     seconds_per_step,
 )
-from outdraft.train.weights import fastest_dtype, make_trainable
+from outdraft.train.weights import make_trainable
 from outdraft.train.windows import Windows, encode_texts
+from outdraft.train.work import decided_dtype, keep_decided, open_work, work_beside
 from outdraft.weights.config import CONFIG_NAME, read_json
 from outdraft.weights.save import new_directory, write_json, write_weights
 
@@ -103,29 +103,10 @@ class PretrainRun:
     ) -> None:
         self.out, self.settings, self.report, self.stop = out, settings, report, stop
         self.preset: HybridPreset = find_preset(settings.preset)
-        self.work = out.parent / f".{out.name}.pretraining"
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise TrainingError(f"{out} exists already", "choose another --out")
-        if fresh:
-            shutil.rmtree(self.work, ignore_errors=True)
-        wanted = asdict(settings) | {
-            "data": list(settings.data),
-            "config": dict(self.preset.config),
-        }
-        if (self.work / RUN_NAME).exists():
-            self.decided: dict[str, Any] = read_json(self.work / RUN_NAME, "training run")
-            same_settings(self.work, wanted, self.decided["settings"])
-        else:
-            self.work.mkdir(parents=True, exist_ok=True)
-            dtype = fastest_dtype(torch.device("cpu"))
-            self.decided = {
-                "settings": wanted,
-                "dtype": str(dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-            }
-            self._decide()
-        torch.set_num_threads(self.decided["threads"])
-        self.dtype: torch.dtype = DTYPES[self.decided["dtype"]]
+        self.work = work_beside(out, "pretraining")
+        wanted = asdict(settings) | {"config": dict(self.preset.config)}
+        self.decided = open_work(self.work, wanted, fresh=fresh)
+        self.dtype = decided_dtype(self.decided)
         self.data, self.tokenizer = self.work / "data", self.work / "tokenizer"
         self.model = self.work / "model"
 
@@ -246,7 +227,7 @@ class PretrainRun:
         return tokenizers.Tokenizer.from_file(str(self.tokenizer / "tokenizer.json"))
 
     def _decide(self) -> None:
-        replace_json(self.work / RUN_NAME, self.decided)
+        keep_decided(self.work, self.decided)
 
 
 def export_hybrid(

@@ -3,7 +3,7 @@
 Here: shapes, batch sizes, learning rates. Not here: the recipe that uses them (recipe.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from outdraft.train.optimiser import OptimiserConfig
@@ -179,6 +179,16 @@ DEMO = Preset(
     assistant_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=2e-3),
 )
 
+# Twice the shipped size, for minutes on a large accelerator.
+LARGE = replace(
+    DEMO,
+    name="large",
+    target=Shape(640, 1920, 10, 10, 2, 64, 128),
+    assistant=Shape(192, 768, 4, 4, 2, 64, 128),
+    corpus_bytes=128_000_000,
+    n_candidates=3,
+)
+
 # For tests: learns next to nothing, in seconds.
 TINY = Preset(
     name="tiny",
@@ -203,4 +213,4 @@ TINY = Preset(
     assistant_optimiser=OptimiserConfig(muon_lr=0.02, adam_lr=4e-3),
 )
 
-PRESETS = {preset.name: preset for preset in (CPU, DEMO, TINY)}
+PRESETS = {preset.name: preset for preset in (CPU, DEMO, LARGE, TINY)}

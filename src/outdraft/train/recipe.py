@@ -97,9 +97,10 @@ class Stages:
         weights = load_exported_target(run.target, config, run.device)
         rollouts = Rollouts(config, weights, run.dtype)
         written: list[Tensor] = []
-        for start in range(0, wanted, _OWN_TEXT_BATCH):
+        at_once = _OWN_TEXT_BATCH * (1 if run.device.type == "cpu" else 8)
+        for start in range(0, wanted, at_once):
             self.report(Progress("own text", start, wanted))
-            n = min(_OWN_TEXT_BATCH, wanted - start)
+            n = min(at_once, wanted - start)
             given = torch.stack([prompts.window(index) for index in range(start, start + n)])
             written.append(rollouts.write(given, run.settings.seed + start, self.stop.check))
         self.report(Progress("own text", wanted, wanted))

@@ -42,11 +42,11 @@ class Rollouts:
     def write(self, windows_BS: Tensor, seed: int, check: Callable[[], None]) -> Tensor:
         """`check` is called before every token, and may raise to stop."""
         device = self.weights["embed_tokens.weight"].device
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         n_sequences, length = windows_BS.shape
         most_given = max(2, length // PROMPT_SHARE)
-        given_B = torch.randint(1, most_given, (n_sequences,), generator=generator)
-        ids_BS = windows_BS.clone()
+        given_B = torch.randint(1, most_given, (n_sequences,), generator=generator, device=device)
+        ids_BS = windows_BS.to(device, copy=True)
         with torch.device(device), compute_in(self.dtype, device):
             model = Gemma4(self.config, self.weights, BatchedOps())
             attention = CachedAttention(self.config, n_sequences, length)
@@ -54,13 +54,10 @@ class Rollouts:
                 check()
                 attention.position = at
                 positions_B = torch.full((n_sequences,), at)
-                hidden_BK = model.forward(ids_BS[:, at].to(device), positions_B, attention)
-                logits_BV = model.logits(hidden_BK).cpu()
-                written_B = choose(logits_BV, generator)
-                ids_BS[:, at + 1] = torch.where(
-                    (at + 1 <= given_B).to(ids_BS.device), ids_BS[:, at + 1], written_B
-                )
-        return ids_BS
+                hidden_BK = model.forward(ids_BS[:, at], positions_B, attention)
+                written_B = choose(model.logits(hidden_BK), generator)
+                ids_BS[:, at + 1] = torch.where(at + 1 <= given_B, ids_BS[:, at + 1], written_B)
+        return ids_BS.cpu()
 
 
 class CachedAttention:

@@ -28,7 +28,7 @@ from outdraft.train.optimiser import OptimiserConfig
 from outdraft.train.plot import plot_tuning
 from outdraft.train.presets import DRAFT_DEFAULT
 from outdraft.train.rollouts import TEMPERATURES
-from outdraft.train.run import PLOT_NAME, REPORT_NAME, RUN_NAME
+from outdraft.train.run import PLOT_NAME, REPORT_NAME
 from outdraft.train.select import complete
 from outdraft.train.served import assistant_leaves, check_target, served_target
 from outdraft.train.stitch import make_whole
@@ -50,8 +50,8 @@ from outdraft.train.tuning_data import (
     read_prompts,
     split_by_hash,
 )
-from outdraft.train.weights import fastest_dtype, make_trainable
-from outdraft.weights.config import read_json
+from outdraft.train.weights import make_trainable
+from outdraft.train.work import decided_dtype, keep_decided, open_work, work_beside
 from outdraft.weights.find import find_assistant, resolve_model
 
 ENOUGH = 0.9
@@ -90,35 +90,15 @@ class Tune:
         self, out: Path, settings: TuneSettings, report: Report, stop: StopFlag, *, fresh: bool
     ) -> None:
         self.out, self.settings, self.report, self.stop = out, settings, report, stop
-        self.work = out.parent / f".{out.name}.tuning"
+        self.work = work_beside(out, "tuning")
         self.start = time.monotonic()
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise TrainingError(f"{out} exists already", "choose another --out")
         self.target = resolve_model(settings.target)
         check_target(self.target)
         self.native = native_tune.has_own_head(self.target)
         self.stock = self._find_stock()
-        if fresh:
-            shutil.rmtree(self.work, ignore_errors=True)
         wanted = asdict(settings) | {"digest": data_digest(settings)}
-        wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
-        if (self.work / RUN_NAME).exists():
-            self.decided: dict[str, Any] = read_json(self.work / RUN_NAME, "tuning run")
-            if self.decided["settings"] != wanted:
-                raise TrainingError(
-                    f"{self.work} holds a run with other settings or data",
-                    "repeat its settings to resume it, or start over with --fresh",
-                )
-        else:
-            self.work.mkdir(parents=True, exist_ok=True)
-            dtype = fastest_dtype(torch.device("cpu"))
-            self.decided = {
-                "settings": wanted,
-                "bf16": dtype == torch.bfloat16,
-                "threads": torch.get_num_threads(),
-            }
-            self._decide()
-        torch.set_num_threads(self.decided["threads"])
+        self.decided = open_work(self.work, wanted, fresh=fresh)
+        self.dtype = decided_dtype(self.decided)
 
     def _find_stock(self) -> Path:
         """The drafter to start from; a new one will be in the directory of work."""
@@ -236,11 +216,10 @@ class Tune:
         engine = EngineConfig(
             adapter=self.settings.adapter, quant=self.settings.quant, device="cpu"
         )
-        dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
         if self.native:
             return self._run(
                 native_tune.head_objective(
-                    self.target, engine, texts, BATCH, n_draft, self.settings, dtype
+                    self.target, engine, texts, BATCH, n_draft, self.settings, self.dtype
                 )
             )
         target = served_target(self.target, engine)
@@ -266,7 +245,7 @@ class Tune:
                 n_steps=n_draft,
                 loss=self.settings.loss,
                 seed=self.settings.seed,
-                dtype=dtype,
+                dtype=self.dtype,
                 lead=(lead, n_lead),
             )
 
@@ -294,8 +273,7 @@ class Tune:
         optimiser = _NEW_OPTIMISER if self.settings.new else _OPTIMISER
         save_every = max(1, every // 5)
         store = replace(store, keep_every=save_every * max(1, every // save_every))
-        dtype = torch.bfloat16 if self.decided["bf16"] else torch.float32
-        return Phase("training", n_steps, save_every, store, optimiser, dtype)
+        return Phase("training", n_steps, save_every, store, optimiser, self.dtype)
 
     def export(self, phase: Phase, step: int) -> Path:
         """A candidate as a directory that the engine loads."""
@@ -309,7 +287,7 @@ class Tune:
         return path
 
     def _decide(self) -> None:
-        replace_json(self.work / RUN_NAME, self.decided)
+        keep_decided(self.work, self.decided)
 
 
 def tune(

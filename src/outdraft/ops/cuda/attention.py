@@ -15,6 +15,8 @@ from outdraft.ops.cuda import kernels
 
 MERGED = 16  # parts that are merged at once
 PART_BYTES = 64 << 20  # partial sums that are held at once
+WARPS = 8  # for heads above 128
+TILES = (64, 32)  # keys of a product, of heads up to 256 and above
 MIN_LINES = 16  # of a product on a tensor core
 
 
@@ -60,7 +62,7 @@ def _attend(
         q_THD, kv.k_PGSD, kv.v_PGSD, rows.table_BP, rows.first_page_B, rows.sequence_T[some],
         lo_T, hi_T, part, stats, scale, t, n_splits, n_splits, g, D=d, GROUP=h // g,
         GP=max(MIN_LINES, triton.next_power_of_2(h // g)), SLOTS=PAGE_SLOTS,
-        TILE=32 if d > 256 else 64, DOT=dot, num_warps=8 if d > 128 else 4, **launch,
+        TILE=TILES[d > 256], DOT=dot, num_warps=WARPS if d > 128 else 4, **launch,
     )  # fmt: skip
     kernels.attention_merge_kernel[(t, h, triton.cdiv(d, 128))](
         part, stats, lo_T, hi_T, out, n_splits, h, D=d, BD=min(d, 128), SLOTS=PAGE_SLOTS,

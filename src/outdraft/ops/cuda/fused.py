@@ -17,6 +17,7 @@ from outdraft.ops.cuda.product import Gate
 from outdraft.ops.cuda.weights import CudaWeight
 
 BEST_PART = 4096
+WIDE_WARPS = 16  # of a norm of rows above 2048
 
 
 class FusedOps:
@@ -121,9 +122,28 @@ class FusedOps:
             pairs, weights_TA, dense_TK, residual_TK, *weights,
             y if next_weight is None else next_weight, y, normed, k, eps, scale,
             A=ids_TA.shape[1], HAS_NEXT=next_weight is not None,
-            BLOCK=triton.next_power_of_2(k), num_warps=16 if k > 2048 else 4, **self._launch,
+            BLOCK=triton.next_power_of_2(k), num_warps=WIDE_WARPS if k > 2048 else 4,
+            **self._launch,
         )  # fmt: skip
         return y, normed
+
+    def accept(
+        self,
+        token_T: Tensor,
+        best_T: Tensor,
+        hidden_TH: Tensor,
+        windows_G: Tensor,
+        numbers: Tensor,
+        hidden_1H: Tensor,
+    ) -> None:
+        """See `Fuses`."""
+        t, h = hidden_TH.shape
+        assert hidden_TH.dtype == hidden_1H.dtype and hidden_TH.stride(1) == 1
+        kernels.accept_kernel[(triton.cdiv(h, 1024),)](
+            token_T, best_T, hidden_TH, windows_G, numbers, hidden_1H, t - 1, h,
+            hidden_TH.stride(0), windows_G.shape[0], ROWS=triton.next_power_of_2(t),
+            GROUPS=triton.next_power_of_2(windows_G.shape[0]), BLOCK=1024, **self._launch,
+        )  # fmt: skip
 
     def best_or_none(self, logits_TV: Tensor) -> Tensor:
         """See `Fuses`."""
@@ -168,5 +188,5 @@ def launch_norm(
         following[-1], y, normed[0], normed[1] if more else y, normed[-1], k, eps, scale,
         ADD=residual_TK is not None, HAS_W=weight_K is not None,
         HAS_NEXT=next_weights[0] is not None, MORE=more, BLOCK=triton.next_power_of_2(k),
-        num_warps=16 if k > 2048 else 4, **options,
+        num_warps=WIDE_WARPS if k > 2048 else 4, **options,
     )  # fmt: skip

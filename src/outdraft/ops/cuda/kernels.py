@@ -52,15 +52,15 @@ def route_kernel(scores, per_expert, ids, weights, E, A: tl.constexpr, SCALED: t
 
 
 @triton.jit
-def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, BLOCK: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
-    """gelu_tanh(gate) * up, or silu(gate) * up."""
+def gated_kernel(gate, up, out, g_stride, u_stride, K, SILU: tl.constexpr, SIGMOID: tl.constexpr,
+                 BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """gelu_tanh(gate) * up, or silu or sigmoid of the gate."""
     begin(PDL)
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * g_stride + k, mask=k < K, other=0.0).to(tl.float32)
     u = tl.load(up + row * u_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    v = activate(g, SILU)
+    v = 1.0 / (1.0 + tl.exp(-g)) if SIGMOID else activate(g, SILU)
     tl.store(out + row * K + k, v * u, mask=k < K)
 
 
@@ -81,13 +81,15 @@ def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, p
     g = tl.program_id(1)
     b, hi = tl.load(sequence + t), tl.load(hi_T + t)
     before = tl.maximum(t - 1, 0)
+    # All that says which page it is is asked for at once: one read waits for another here.
+    m = tl.arange(0, GP)
+    r = m // GROUP
+    row = tl.minimum(t + r, n_rows - 1)
+    b_M, hi_M, lo_M = tl.load(sequence + row), tl.load(hi_T + row), tl.load(lo_T + row)
     follows = (tl.load(sequence + before) == b) & (tl.load(hi_T + before) + 1 == hi)
+    base = tl.load(first_page + b)
     if (t == 0) | (follows == 0) | (hi % R == 0):
-        m = tl.arange(0, GP)
-        r = m // GROUP
-        row = tl.minimum(t + r, n_rows - 1)
-        real = (r < R) & (t + r < n_rows) & (tl.load(sequence + row) == b)
-        hi_M, lo_M = tl.load(hi_T + row), tl.load(lo_T + row)
+        real = (r < R) & (t + r < n_rows) & (b_M == b)
         real &= (hi_M == hi + r) & (hi_M // R == hi // R)
         page = tl.min(tl.where(real, lo_M, 2147483647), 0) // SLOTS + tl.program_id(2)
         start = page * SLOTS
@@ -95,7 +97,7 @@ def attention_kernel(q, keys, values, table, first_page, sequence, lo_T, hi_T, p
             d = tl.arange(0, D)
             n_heads = G * GROUP
             head = g * GROUP + m % GROUP
-            at_page = tl.load(table + b * width + page - tl.load(first_page + b)).to(tl.int64)
+            at_page = tl.load(table + b * width + page - base).to(tl.int64)
             at_q = (row * n_heads + head)[:, None].to(tl.int64) * D + d[None, :]
             q_MD = tl.load(q + at_q, mask=real[:, None], other=0.0)
             q_MD = q_MD.to(keys.dtype.element_ty).to(DOT)
@@ -253,3 +255,27 @@ def best_of_blocks_kernel(scores, ids, chosen, out, sure, N, A: tl.constexpr, BL
     top = tl.max(v, 0)
     tl.store(out + t, tl.min(tl.where(v == top, token, 2147483647), 0))
     tl.store(sure + t, 1.0 / tl.sum(tl.exp(v - top), 0))
+
+
+@triton.jit(do_not_specialize=["n_drafts"])
+def accept_kernel(token, best, hidden, windows, numbers, carried, n_drafts, H, h_stride, n_groups,
+                  ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """A round's numbers and hidden state, moved on by the drafts that stay (`Fuses.accept`)."""
+    begin(PDL)
+    i = tl.arange(0, ROWS)
+    drafted = tl.load(token + 1 + i, mask=i < n_drafts, other=0)
+    stays = (i < n_drafts) & (drafted == tl.load(best + i, mask=i < n_drafts, other=-1))
+    n = tl.min(tl.where(stays, ROWS, i), 0)
+    n = tl.minimum(n, n_drafts)
+    h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(carried + h, tl.load(hidden + n * h_stride + h, mask=h < H), mask=h < H)
+    if tl.program_id(0) == 0:
+        hi = tl.load(numbers + 3) + n
+        g = tl.arange(0, GROUPS)
+        window = tl.load(windows + g, mask=g < n_groups, other=0)
+        lo = tl.where(window > 0, tl.maximum(hi - window + 1, 0), 0)
+        tl.store(numbers + 4 + g, lo, mask=g < n_groups)
+        tl.store(numbers, tl.maximum(tl.load(best + n), 0))
+        tl.store(numbers + 1, tl.load(numbers + 1) + n)
+        tl.store(numbers + 3, hi)

@@ -26,9 +26,9 @@ from outdraft.ops.base import (
 from outdraft.ops.cuda import kernels, linears, norms
 from outdraft.ops.cuda.attention import attend
 from outdraft.ops.cuda.cuts import Cut, cut_of
+from outdraft.ops.cuda.delta import DeltaOps, NoStateSpace
 from outdraft.ops.cuda.fused import FusedOps, launch_norm
 from outdraft.ops.cuda.graph import GraphProgram
-from outdraft.ops.cuda.missing import NoRecurrence, NoStateSpace
 from outdraft.ops.cuda.product import Gate, launch
 from outdraft.ops.cuda.weights import CudaWeight, pack
 from outdraft.ops.packed import Format
@@ -40,7 +40,7 @@ BLOCK = 1024
 
 
 @dataclass(slots=True)
-class CudaOps(NoRecurrence, NoStateSpace, FusedOps):
+class CudaOps(DeltaOps, NoStateSpace, FusedOps):
     """See the module docstring. A `device` of type cpu is Triton's interpreter, for tests.
 
     Attributes:
@@ -241,12 +241,12 @@ class CudaOps(NoRecurrence, NoStateSpace, FusedOps):
 
     def gated(self, gate_TK: Tensor, up_TK: Tensor, activation: Activation = "gelu_tanh") -> Tensor:
         """See `Ops.gated`; bf16, which linears read."""
-        assert activation in ("gelu_tanh", "silu"), "models that need others are refused before"
+        assert activation in ("gelu_tanh", "silu", "sigmoid"), "models that need others are refused"
         t, k = gate_TK.shape
         out = self._empty(t, k, dtype=torch.bfloat16)
         kernels.gated_kernel[(t, triton.cdiv(k, BLOCK))](
             gate_TK, up_TK, out, gate_TK.stride(0), up_TK.stride(0), k,
-            SILU=activation == "silu", BLOCK=BLOCK, **self._launch,
+            SILU=activation == "silu", SIGMOID=activation == "sigmoid", BLOCK=BLOCK, **self._launch,
         )  # fmt: skip
         return out
 

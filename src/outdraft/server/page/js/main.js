@@ -129,6 +129,7 @@ async function ask(text) {
   chat.turns.push(turn);
   const { answers, box } = showRuns(turn);
   listChats();
+  $("log").scrollTop = $("log").scrollHeight;
   busy(new AbortController());
   const path = settings.mode === "continue" ? "/v1/completions" : "/v1/chat/completions";
   try {
@@ -137,7 +138,7 @@ async function ask(text) {
       if (!(await run(path, bodies[i], answer))) break;
     }
     if (compare && turn.runs.every((r) => r.finish && r.finish !== "stopped")) {
-      box.append(verdict(turn, answers));
+      following(() => box.append(verdict(turn, answers)));
       const factor = rate(turn.runs[0]) / rate(turn.runs[1]);
       if (Number.isFinite(factor)) gauges.compared = factor;
     }
@@ -149,26 +150,31 @@ async function ask(text) {
   }
 }
 
+/** A change of the log: who is at its end stays there, who reads above is left alone. */
+function following(change) {
+  const log = $("log");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  change();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
 /** One request to its end; whether it ended by itself. */
 async function run(path, body, answer) {
   const start = performance.now();
   const signal = page.stopper.signal;
   try {
     for await (const chunk of api.stream(path, body, signal)) {
-      const log = $("log");
-      const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-      answer.push(chunk, performance.now() - start);
-      if (atEnd) log.scrollTop = log.scrollHeight;
+      following(() => answer.push(chunk, performance.now() - start));
     }
     answer.run.finish ??= "stop";
-    answer.finish();
+    following(() => answer.finish());
     return true;
   } catch (error) {
     if (error.name === "AbortError") {
       answer.run.finish = "stopped";
-      answer.finish();
+      following(() => answer.finish());
     } else {
-      answer.finish(error.message);
+      following(() => answer.finish(error.message));
       if (error.kind === "gone") gone();
       if (error.kind === "key") openSettings();
     }
