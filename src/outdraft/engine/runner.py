@@ -294,8 +294,10 @@ class Runner:
         tokens = draft.tokens_BK.tolist()
         check_draft(draft, tokens, len(work), self.target.config.vocab_size)
         blocks = {}
-        for b, w in enumerate(work):
-            n = min(w.n_drafts, draft.lengths[b])
+        lengths = [min(w.n_drafts, n) for w, n in zip(work, draft.lengths, strict=True)]
+        if self.lengths is not None and draft.left_K is None:
+            lengths = self.lengths.worth_verifying(asking, lengths, draft)
+        for b, (w, n) in enumerate(zip(work, lengths, strict=True)):
             probs = draft.probs[b]
             block = Block(tokens[b][:n], None if probs is None else probs[:n])
             if draft.left_K is not None:

@@ -9,6 +9,7 @@ load; `accepted` or `refused` for a request, then `tokens` with what all request
 such message; `embedding`; `stats` twice a second while there is work, and once when it ends.
 """
 
+import gc
 import queue
 import signal
 import socket
@@ -331,6 +332,8 @@ def main() -> None:
         return
     for note in llm.loading.notes:
         print(note, file=sys.stderr)
+    gc.collect()
+    gc.freeze()  # or a full collection would look at all that was loaded, in the middle of a step
     worker = Worker(llm, sock)
     if isinstance(llm.learning, Learning):
         llm.learning.changed = lambda: worker.inbox.put(lambda: True)  # said when idle
