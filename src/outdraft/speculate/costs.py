@@ -24,7 +24,7 @@ MOST_OTHERS = 0.4  # of a pass, for all sequences but one
 KNOWN = 10.0  # passes that costs measured at the start count as
 FADE = 0.95  # a looked-at step without drafts
 SPEED_STEPS = 11
-ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
+ENOUGH_OTHERS = 2  # passes of other sizes before and behind say best how fast the machine is
 TOOTH = 1.3  # fewer rows may cost so many times what more rows do: a tile that is not full
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
 
@@ -237,10 +237,15 @@ class StepModel:
         self._speed = median(ratio for *_, ratio in self._steps)
         if len(self._steps) < SPEED_STEPS:
             return
-        # Both sides of the middle are known.
-        n_rows, n_sequences, seconds, _ = self._steps[SPEED_STEPS // 2]
-        others = [ratio for size, _, _, ratio in self._steps if size != n_rows]
-        speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
+        steps, middle = list(self._steps), SPEED_STEPS // 2
+        n_rows, n_sequences, seconds, _ = steps[middle]
+        others = [
+            [ratio for size, _, _, ratio in side if size != n_rows]
+            for side in (steps[:middle], steps[middle:])
+        ]
+        # On both sides: those of one may be from before the machine changed its speed.
+        enough = min(map(len, others)) >= ENOUGH_OTHERS
+        speed = median(others[0] + others[1]) if enough else self._speed
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
             for learned in self._learned.values():
