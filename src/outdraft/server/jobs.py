@@ -74,7 +74,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a completion cost. `timings` has llama.cpp's names."""
+    """What a completion cost. `timings` has llama.cpp's names.
+
+    `n_reasoning` of its tokens were reasoning: a front that splits the answer fills it in.
+    """
 
     n_prompt: int
     n_cached: int
@@ -82,6 +85,7 @@ class Usage:
     n_accepted: int
     n_rejected: int
     timings: dict[str, float]
+    n_reasoning: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         """Several completions of one prompt: the prompt counts once."""
@@ -90,6 +94,7 @@ class Usage:
             n_completion=self.n_completion + other.n_completion,
             n_accepted=self.n_accepted + other.n_accepted,
             n_rejected=self.n_rejected + other.n_rejected,
+            n_reasoning=self.n_reasoning + other.n_reasoning,
         )
 
 
