@@ -29,7 +29,8 @@ def listening(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for sock in made:
             sock.close()
-        why = f": {os.strerror(error.errno)}" if (error.errno or 0) > 0 else ""
+        number = error.errno or 0
+        why = f": {os.strerror(number)}" if number > 0 else ""
         unknown = isinstance(error, socket.gaierror)
         raise OutdraftError(
             f"{host}:{port} cannot be listened on{': no such host' if unknown else why}",
