@@ -1,6 +1,8 @@
 """Every knob a user has over the engine, resolved once. Nothing below reads the environment."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
@@ -132,3 +134,15 @@ class EngineConfig:
                 f"an assistant is given and spec_type is {self.spec_type}",
                 "leave one of the two out",
             )
+
+
+def hub_cache() -> Path:
+    """Where Hugging Face's tools keep what they download: the same variables, in their order.
+
+    $HF_HUB_CACHE, $HF_HOME/hub, $XDG_CACHE_HOME/huggingface/hub, ~/.cache/huggingface/hub.
+    """
+    for name, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser() / below
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "huggingface" / "hub"
