@@ -31,6 +31,7 @@ VERBS = {
     "bench serve": "Measure tokens per second through `outdraft serve` against the engine alone.",
     "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "serve": "Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own.",
+    "fit": "Say what fits into this machine's memory, and the command to run it with.",
     "pull": "Download a model from the Hugging Face Hub.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "verify": "Prove on this machine that drafting, batching and caching change no token.",
