@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup browser demo demo-server hybrid test test-asan prove lint format types docs bench lock audit clean
+.PHONY: help setup browser demo demo-server hybrid test test-asan test-tsan prove lint format types docs bench lock audit clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,13 @@ test-asan: setup ## the kernels' tests with the address and undefined-behaviour 
 	  -C cmake.define.OUTDRAFT_SANITIZE=ON -C build-dir=build/asan-objects .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/asan_tests.py build/asan
+
+test-tsan:       ## the thread pool with the thread sanitizer
+	mkdir -p build
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -ffp-contract=off -pthread -Icsrc -o build/tsan-pool \
+	  tests/csrc/thread_pool_races.cpp csrc/core/thread_pool.cpp csrc/core/program.cpp \
+	  csrc/isa/portable.cpp
+	TSAN_OPTIONS=halt_on_error=0:exitcode=66 build/tsan-pool
 
 prove: setup browser ## the slow proofs
 	$(BIN)/pytest -m prove -n 2 --durations=15

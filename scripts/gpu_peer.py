@@ -47,10 +47,10 @@ def note_configs():
     gemma4_config.AssistantConfig.from_hf = classmethod(of_assistant)
     from outdraft.bench import shapes
 
-    for shape, (target, assistant) in zip(
-        shapes.SHAPES.values(), zip(seen[::2], seen[1::2], strict=True), strict=True
-    ):
-        RAW[shape.name] = target, assistant
+    own = gemma4_config.AssistantConfig
+    paired = [shape for shape in shapes.SHAPES.values() if isinstance(shape.drafter, own)]
+    for shape, raw in zip(paired, zip(seen[::2], seen[1::2], strict=True), strict=True):
+        RAW[shape.name] = raw
 
 
 def build(family, config):

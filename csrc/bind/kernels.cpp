@@ -20,19 +20,23 @@ constexpr int64_t kSerialActivations = 1024;  // an exponential each
 
 bool small(int64_t rows, int64_t k) { return rows == 1 || rows * k <= kSerialElements; }
 
+bool tiled(const Weight& w) { return w.format == Format::w4 && kernels().tiles_w4; }
+
 int64_t prepared_bytes(const Weight& w, int64_t rows) {
-  return rows * prepared_layout(w.format, w.k, w.group).stride;
+  const int64_t plain = rows * prepared_layout(w.format, w.k, w.group).stride;
+  return tiled(w) ? plain + tiled_bytes(w, rows) : plain;
 }
 
-Call prepare_call(const Weight& w, const Matrix& x, Addr prepared, int rows) {
-  const PrepareArgs args{w.format, w.k, w.group, rows, x, pointer<uint8_t>(prepared)};
+Call prepare_call(const Weight& w, const Matrix& x, Addr prepared, int rows, bool tiled = false) {
+  const PrepareArgs args{w.format, w.k, w.group, rows, x, pointer<uint8_t>(prepared), tiled};
   return Call::make(kernels().prepare, args, small(rows, w.k));
 }
 
 void linear(Program* program, const Weight& w, const Matrix& x, Addr prepared, const Matrix& y,
             int rows) {
   const LinearArgs args{w, pointer<const uint8_t>(prepared), y, rows};
-  submit(program, {prepare_call(w, x, prepared, rows), Call::make(kernels().linear, args, false)});
+  submit(program, {prepare_call(w, x, prepared, rows, tiled(w)),
+                   Call::make(kernels().linear, args, false)});
 }
 
 PairGroups pair_groups(Addr memory, int n_experts) {

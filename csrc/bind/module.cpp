@@ -27,6 +27,7 @@ NB_MODULE(_core, m) {
   nb::class_<outdraft::Program>(m, "Program")
       .def(nb::init<>())
       .def("__len__", &outdraft::Program::size)
+      .def("resize", &outdraft::Program::resize, "n"_a, "of"_a)
       .def("replay", &outdraft::Program::replay, nb::call_guard<nb::gil_scoped_release>());
   outdraft::bind_packing(m);
   outdraft::bind_kernels(m);

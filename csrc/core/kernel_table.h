@@ -11,6 +11,7 @@ template <class Args>
 using Kernel = void (*)(const Args&, const Worker&);
 
 struct KernelTable {
+  bool tiles_w4;  // `linear` reads many rows for a 4-bit weight as tiles
   Kernel<PrepareArgs> prepare;
   Kernel<LinearArgs> linear;
   Kernel<ExpertLinearArgs> expert_linear;

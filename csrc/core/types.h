@@ -77,6 +77,40 @@ static inline PreparedLayout prepared_layout(Format format, int32_t k, int32_t g
   return layout;
 }
 
+constexpr int kTileBlock = 16;  // rows of one tile
+
+// Many rows for a 4-bit weight that go by tiles are prepared in blocks of sixteen, which begin behind
+// the place of all rows in the form above. A block: for every 32 inputs, groups padded with zeros, a
+// tile of [16 rows][32] whole numbers as bf16; then fp32 scales [group][16 rows].
+struct TiledRows {
+  int64_t scales;  // byte offset
+  int64_t block_bytes;
+
+  TiledRows(int32_t k, int32_t group) {
+    const int64_t groups = (k + group - 1) / group;
+    scales = groups * group * kTileBlock * 2;
+    block_bytes = scales + groups * kTileBlock * 4;
+  }
+};
+
+// Blocks of a call with so many rows. Fewer than kLeastTiled do not pay for unpacking weights to
+// bf16; a last block that is not full pays from kLeastOfBlock rows on.
+constexpr int64_t kLeastTiled = 128, kLeastOfBlock = 4;
+
+static inline int64_t tiled_blocks(int64_t rows) {
+  if (rows < kLeastTiled) return 0;
+  return rows / kTileBlock + (rows % kTileBlock >= kLeastOfBlock ? 1 : 0);
+}
+
+static inline int64_t tiled_bytes(const Weight& w, int64_t rows) {
+  return tiled_blocks(rows) * TiledRows(w.k, w.group).block_bytes;
+}
+
+template <class Byte>
+static inline Byte* tiled_rows(Byte* prepared, const PreparedLayout& layout, int64_t rows) {
+  return prepared + rows * layout.stride;
+}
+
 // One piece of a kernel call, and what the thread that computes it may use meanwhile. A kernel must
 // not wait for another piece of its call: that may not have begun.
 struct Worker {
@@ -108,6 +142,7 @@ struct PrepareArgs {
   int32_t rows;
   Matrix x;
   uint8_t* out;
+  bool tiled;  // for a linear that reads blocks of rows as tiles
 };
 
 struct LinearArgs {

@@ -112,10 +112,19 @@ static inline void pack_queries(const HeadState& s, int64_t b, int64_t dim,
   }
 }
 
-// Scores of the 64 keys of a page, [slot][column].
+// Asks for lines of a page of keys or values, two dimensions' tiles of 64 slots at a time: pages lie
+// anywhere, and hardware prefetchers learn of one when half of it has been waited for.
+static inline void ask_for_lines(const std::byte* page, int64_t first, int64_t n) {
+  if (!page) return;
+  for (int64_t i = first; i < first + n; ++i) __builtin_prefetch(page + i * 64, 0, 3);
+}
+
+// Scores of the 64 keys of a page, [slot][column]. Meanwhile asks for two other pages, or null.
 static inline void score_page(const std::byte* keys, int64_t dim, const uint32_t* queries,
+                              const std::byte* values, const std::byte* next,
                               float (*sums)[kTileSlots][16]) {
   const int64_t stride = dim * 2, group = kTileSlots * stride;
+  int64_t line = 0;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -130,6 +139,9 @@ static inline void score_page(const std::byte* keys, int64_t dim, const uint32_t
     _tile_dpbf16ps(2, 4, 6);
     _tile_loadd(5, keys + 3 * group, stride);
     _tile_dpbf16ps(3, 5, 6);
+    ask_for_lines(values, line, kPageSlots);
+    ask_for_lines(next, line, kPageSlots);
+    line += kPageSlots;
   }
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
@@ -299,8 +311,9 @@ static void attend_part_on_tiles(HeadState* blocks, int64_t n, const int* lo, co
     for (int64_t b = 0; b < n; b += 2) {
       const auto sees = [&](int64_t i) { return i < n && lo[i] <= last && hi[i] >= first; };
       if (!sees(b) && !sees(b + 1)) continue;
+      const std::byte* next = page + 1 < kPartPages ? pages.k[page + 1] : nullptr;
       score_page(pages.k[page], dim, scratch.queries + b / 2 * (dim / kTileDims * kTileWords),
-                 sums);
+                 b == 0 ? pages.v[page] : nullptr, b == 0 ? next : nullptr, sums);
       for (int64_t i = b; i < b + 2; ++i)
         for (int64_t g = 0; g < kPageSlots / kTileSlots && sees(i); ++g)
           take_scores(sums[g], i % 2 * 8,

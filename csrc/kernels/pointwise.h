@@ -11,9 +11,14 @@ template <class Body>
 static inline void each_vector(int64_t rows, int64_t k, const Worker& worker, Body body) {
   const int64_t per_row = (k + 15) / 16;
   const Range items = share(rows * per_row, worker);
+  int64_t row = items.begin / per_row, column = items.begin % per_row * 16;
   for (int64_t item = items.begin; item < items.end; ++item) {
-    const int64_t column = item % per_row * 16;
-    body(item / per_row, column, k - column);
+    body(row, column, k - column);
+    column += 16;
+    if (column >= k) {
+      column = 0;
+      ++row;
+    }
   }
 }
 

@@ -10,7 +10,8 @@
 #include "kernels/pointwise.h"
 #include "kernels/prepare.h"
 #ifdef OUTDRAFT_TILES
-#include "kernels/tiles.h"
+#include "kernels/prepare_tiles.h"
+#include "kernels/tiles_w4.h"
 #endif
 #include "kernels/recurrent.h"
 #include "kernels/state_space.h"
@@ -19,10 +20,13 @@ namespace outdraft::OUTDRAFT_ISA {
 
 const KernelTable& table() {
   static constexpr KernelTable all = {
-      .prepare = prepare,
 #ifdef OUTDRAFT_TILES
+      .tiles_w4 = true,
+      .prepare = prepare_or_tiles,
       .linear = linear_or_tiles,
 #else
+      .tiles_w4 = false,
+      .prepare = prepare,
       .linear = linear,
 #endif
       .expert_linear = expert_linear,

@@ -291,12 +291,4 @@ static void tile_format(const LinearArgs& a, const Worker& worker) {
   _tile_release();
 }
 
-static void linear_or_tiles(const LinearArgs& a, const Worker& worker) {
-  const Weight& w = a.weight;
-  const bool fits = w.format != Format::w4 || kRowChunk * group_count(w) * 4 <= kScratchBytes;
-  if (a.rows < kTileRows || w.format == Format::bf16 || !fits) return linear(a, worker);
-  if (w.format == Format::w8) return tile_format<W8Tiles>(a, worker);
-  return w.zeros ? tile_format<W4Tiles<true>>(a, worker) : tile_format<W4Tiles<false>>(a, worker);
-}
-
 }  // namespace outdraft::OUTDRAFT_ISA

@@ -72,6 +72,11 @@ class EngineConfig:
         cache_min_mb: models that take less than so many 10^6 bytes, packed, are not kept.
         cache_max_gb: of all files there, in 10^9 bytes; the least recently used are removed. None
             is no limit.
+        learn: make the drafter fit what is generated, in a process that computes only while nothing
+            else does (engine/learning.py). What is emitted does not change.
+        learn_dir: where learned drafters are kept for the next start; None: nowhere.
+        learn_mb: most memory for texts to learn from, in 10^6 bytes.
+        learn_idle_s: seconds without a request after which learning goes on.
 
     Raises:
         OutdraftError: a value is outside its range.
@@ -101,6 +106,10 @@ class EngineConfig:
     cache_dir: str | None = None
     cache_min_mb: int = 0
     cache_max_gb: int | None = None
+    learn: bool = False
+    learn_dir: str | None = None
+    learn_mb: int = 16
+    learn_idle_s: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES:
@@ -120,6 +129,8 @@ class EngineConfig:
             ("threads", 1, 4096),
             ("cache_min_mb", 0, 2**40),
             ("cache_max_gb", 0, 2**40),
+            ("learn_mb", 1, 2**20),
+            ("learn_idle_s", 0, 2**20),
         ):
             number = getattr(self, name)
             if number is not None and not low <= number <= high:
@@ -134,6 +145,8 @@ class EngineConfig:
                 f"an assistant is given and spec_type is {self.spec_type}",
                 "leave one of the two out",
             )
+        if self.learn_dir is not None and not self.learn:
+            raise OutdraftError("learn_dir is given and learn is off", "switch learn on, too")
 
 
 def hub_cache() -> Path:

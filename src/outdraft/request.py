@@ -253,6 +253,7 @@ class Request:
     Requests with different `cache_salt` never share cached keys and values: give each tenant its
     own, and none can learn from the time to the first token what another has asked.
     `draft_n_max` caps the drafts of a step for this request; None leaves the engine's choice.
+    With `store` False nothing of it is kept to learn from.
     """
 
     id: str
@@ -260,6 +261,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
     draft_n_max: int | None = None
+    store: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ TORCH_FREE = (
     "cache/prefix.py",
     "cache/states.py",
     "engine/plan.py",
+    "engine/replay.py",
     "engine/scheduler.py",
     "engine/sequence.py",
     "engine/stats.py",

@@ -106,3 +106,19 @@ def test_drafts_are_drawn(tmp_path: Path) -> None:
     done = llm.generate([5, 6, 7], SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0))
     assert llm.runner.faults.n_drafter == 0, llm.runner.faults.last_drafter_error
     assert done.stats.n_drafted > 0
+
+
+@pytest.mark.parametrize("shape", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.prove)])
+def test_recurrent_layers_with_the_targets_own_head(tmp_path: Path, shape: str) -> None:
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    target = tiny.tiny_hybrid(tmp_path / "target", shape, seed=3, **layers)
+    config = EngineConfig(spec_type="mtp", draft_n=2, ctx_size=128, max_sequences=2, quant="bf16")
+    llm = LLM(str(target), config)
+    assert isinstance(llm.target.ops, CudaOps)
+    prompts = [[2, 40, 41, 50], [2, 99]]
+    plain = run(llm, prompts[:1], 0)[0]
+    for some, k in ((prompts[:1], 2), (prompts, 1)):
+        got = run(llm, some, k)[0]
+        assert got[0] == plain[0] and torch.equal(got[1], plain[1])
+    assert llm.runner.counters.drafts.n_drafted > 0
+    llm.check()

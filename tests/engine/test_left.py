@@ -4,6 +4,7 @@ Graphs are recorded calls that run again, so that all of it runs under Triton's 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from outdraft.speculate import gemma4_assistant
 from tests import tiny
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
 class Again:
@@ -79,19 +81,19 @@ def run(llm: LLM, prompts: list[list[int]], n_new: int, **options: Any) -> list[
 def test_rounds_follow_passes_and_change_nothing(llm: LLM) -> None:
     prompts = [[2, 40, 41, 50], [2, 99]]
     llm.set_draft_n_max(0)
-    plain = run(llm, prompts[:1], 9)
+    plain = run(llm, prompts[:1], 8)
     drafter: Any = llm.runner.drafter
     llm.set_draft_n_max(3)
-    assert run(llm, prompts[:1], 9) == plain and drafter.n_flown > 2
+    assert run(llm, prompts[:1], 8) == plain and drafter.n_flown > 1
     n_flown = drafter.n_flown
-    assert run(llm, prompts, 5)[0] == plain[0][:5]  # of several, none is left
-    drawn = run(llm, prompts[:1], 3, temperature=1.0)
-    assert len(drawn[0]) == 3 and drafter.n_flown == n_flown
+    assert run(llm, prompts, 3)[0] == plain[0][:3]  # of several, none is left
+    drawn = run(llm, prompts[:1], 2, temperature=1.0)
+    assert len(drawn[0]) == 2 and drafter.n_flown == n_flown
     llm.check()
 
 
 def test_what_was_launched_ahead_is_what_would_have_been_asked_for(llm: LLM) -> None:
-    """Of every round that was launched behind a pass, its drafts beside those of one that waited."""
+    """Of every round launched behind a pass, its drafts beside those of one that waited."""
     drafter: Any = llm.runner.drafter
     leave, seen = drafter.leave, []
 
@@ -106,8 +108,8 @@ def test_what_was_launched_ahead_is_what_would_have_been_asked_for(llm: LLM) -> 
 
     drafter.leave = both
     fake_accepts(llm)
-    run(llm, [[2, 40, 41, 50]], 16)
-    assert len(seen) > 2 and max(b - a for a, b in zip(seen, seen[1:], strict=False)) > 1
+    run(llm, [[2, 40, 41, 50]], 10)
+    assert len(seen) > 2 and max(b - a for a, b in pairwise(seen)) > 1
 
 
 def fake_accepts(llm: LLM) -> None:

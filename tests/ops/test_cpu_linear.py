@@ -96,6 +96,22 @@ def test_a_row_does_not_see_its_neighbours(
     assert torch.equal(ops.linear(many, packed)[100:140], single)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("k", [257, 512])
+def test_a_row_of_a_prompt_has_the_bits_that_it_has_alone(
+    ops: CpuOps, case: tuple[Format, int, bool], k: int, rng: torch.Generator
+) -> None:
+    packed, _ = random_packed(case, 150, k, rng)
+    x = torch.randn(150, k, generator=rng) * torch.logspace(-3, 3, 150)[:, None]
+    x[7] = 0.0
+    alone = torch.cat([ops.linear(row[None], packed) for row in x])
+    # Whole blocks of rows, and a last one with too few, and with enough, to be computed as a block.
+    for n_rows in (127, 128, 130, 135, 150):
+        assert torch.equal(ops.linear(x[:n_rows], packed), alone[:n_rows])
+    half = ops.linear(x.bfloat16(), packed, torch.bfloat16)
+    assert torch.equal(half[140:141], ops.linear(x[140:141].bfloat16(), packed, torch.bfloat16))
+
+
 @pytest.mark.parametrize("format", ["w8", "w4"])
 def test_packing_floats_quantises_to_the_nearest(format: Format, rng: torch.Generator) -> None:
     weight = torch.randn(37, 100, generator=rng)

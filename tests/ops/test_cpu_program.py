@@ -76,6 +76,24 @@ def test_replay_gives_the_same_bits(ops: CpuOps, n_rows: int, rng: torch.Generat
         assert torch.equal(layer.kv.v_PGSD, values)
 
 
+def test_fewer_rows_than_were_recorded(ops: CpuOps, rng: torch.Generator) -> None:
+    layer = Layer(24, rng)
+    program = Program()
+    recorded = layer.forward(CpuOps(program=program))
+    layer.set_inputs(torch.randint(0, 100, (24,), generator=rng), 0)
+    expected = layer.forward(ops)
+    for n_rows in (5, 24, 1, 17):
+        program.resize(n_rows, 24)
+        recorded.fill_(-1)
+        layer.kv.k_PGSD.fill_(7.0)
+        program.replay()
+        assert torch.equal(recorded[:n_rows], expected[:n_rows])
+        assert bool((layer.kv.k_PGSD[:, :, n_rows:] == 7.0).all())
+    for n_rows, of in ((0, 24), (25, 24), (1, 48), (1, 7)):
+        with pytest.raises(ValueError, match="rows"):
+            program.resize(n_rows, of)
+
+
 def test_programs_of_one_arena_use_the_same_memory(ops: CpuOps, rng: torch.Generator) -> None:
     layers = [Layer(n_rows, rng) for n_rows in (12, 1, 5, 12, 12)]
     expected = [layer.forward(ops).clone() for layer in layers]

@@ -68,12 +68,12 @@ def test_a_machine_that_changes_much_is_measured_anew() -> None:
     assert model.at(1, 4) / model.at(1, 1) == pytest.approx(1.4, rel=0.05)
 
 
-def test_fewer_rows_cost_no_more() -> None:
+def test_fewer_rows_cost_little_more_or_were_disturbed() -> None:
     costs = RowCosts()
-    for n_rows, seconds in ((1, 3.0), (2, 1.0), (4, 1.5), (8, 1.2)):
+    for n_rows, seconds in ((1, 3.0), (2, 1.0), (4, 1.8), (8, 1.2), (15, 2.4), (16, 2.0)):
         costs.set(n_rows, seconds)
     costs.straighten()
-    assert [costs.at(n) for n in (1, 2, 4, 8)] == [1.0, 1.0, 1.2, 1.2]
+    assert [costs.at(n) for n in (1, 2, 4, 8, 15, 16)] == [1.0, 1.0, 1.2, 1.2, 2.4, 2.0]
 
 
 def test_work_around_a_round_is_added_whatever_its_size() -> None:
@@ -114,3 +114,42 @@ def test_a_disturbed_round_is_forgotten_while_nobody_drafts() -> None:
         model.fade_round(4)
     assert model.draft_s(4, 1) < 0.25e-3
     assert model.draft_s(1, 1) > 2e-3
+
+
+def test_what_a_further_sequence_costs_is_told_from_rows() -> None:
+    """16 rows are of 16, of 8 or of 4 sequences; those of one are cheapest."""
+
+    def pass_s(n: int, n_rows: int) -> float:
+        return 1.0 + 0.05 * n_rows + 0.02 * (n - 1)
+
+    sizes = [(1, 1), (1, 4), (4, 4), (4, 16), (8, 8), (8, 16), (16, 16), (16, 48)]
+    model = StepModel()
+    model.measured_batches({size: pass_s(*size) for size in sizes}, 256)
+    for n, n_rows in ((1, 16), (2, 16), (12, 12), (16, 32)):
+        assert model.pass_s(n_rows, n) == pytest.approx(pass_s(n, n_rows))
+    model.read_back(128)
+    assert model.pass_s(16, 16) == pytest.approx(pass_s(1, 16) + 15 * 0.01)
+    model.measured_batches({(1, 16): 1.0, (16, 16): 9.0, (16, 32): 9.5}, 256)  # disturbed
+    assert 0 < model.pass_s(16, 1) <= 1.0 and model.pass_s(32, 1) > 1.0
+
+
+def test_what_is_learned_of_large_batches_changes_nothing_for_small_ones() -> None:
+    model = StepModel()
+    model.measured({1: 1.0, 4: 1.1, 16: 1.5, 32: 2.0})
+    rng = random.Random(3)
+    for _ in range(600):
+        n, pass_s = rng.choice([(16, 3.0), (4, 1.1), (1, 1.0)])
+        model.observe_pass(n, pass_s, n)
+    assert model.pass_s(16, 16) > 2.0
+    assert model.pass_s(16, 4) == pytest.approx(1.5, rel=0.1)
+
+
+def test_what_follows_a_pass_with_drafts_is_known_apart() -> None:
+    model = StepModel()
+    model.measured({1: 1.0, 16: 2.0, 32: 3.0})
+    model.observe_rest(16, 0.2)
+    assert model.rest_s(16, drafted=True) == pytest.approx(0.2)  # nothing better is known
+    for _ in range(40):
+        model.observe_rest(16, 0.3, drafted=True)
+    assert model.rest_s(16) == pytest.approx(0.2)
+    assert model.rest_s(16, drafted=True) == pytest.approx(0.3, rel=0.05)

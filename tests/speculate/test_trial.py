@@ -75,3 +75,29 @@ def test_bands_are_apart() -> None:
     trials = Trials()
     names = [id(trials.of(n)) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17)]
     assert len(set(names)) == 6 and names[2] == names[3] and names[4] == names[5]
+
+
+def test_trials_wait_where_drafting_promises_much() -> None:
+    def first_trial(promise: float) -> int:
+        trial = Trial()
+        for step in range(500):
+            if trial.trying:
+                return step
+            trial.observe(2, 1.0, alike=False, promise=promise)
+        return 500
+
+    assert first_trial(1.1) < 10 and 40 < first_trial(1.8) < 500
+
+
+def test_what_was_promised_weighs_against_a_few_lucky_trials() -> None:
+    def plain_after(gains: list[float]) -> bool:
+        trial = Trial()
+        for gain in gains:
+            while not trial.trying:
+                trial.observe(10, 1.0, alike=False, promise=1.2)
+            while trial.trying:
+                trial.observe(10, 1.0 / gain, alike=False, promise=1.2)
+        return trial.plain
+
+    assert not plain_after([1.1, 0.9, 1.1])  # noise
+    assert plain_after([1.1, 1.1, 1.1, 1.1, 1.1])

@@ -43,7 +43,7 @@ from outdraft.errors import OutdraftError
 from outdraft.models.layers import TargetConfig, TargetModel
 from outdraft.ops.packed import Format
 from outdraft.request import Request
-from outdraft.speculate.drafter import Drafter
+from outdraft.speculate.drafter import Drafter, ReadsStates
 from outdraft.speculate.mtp import MtpDrafter
 from outdraft.text.stream import StopStrings
 
@@ -220,9 +220,14 @@ class Rig:
         programs = self.ops.programs
         return sum(p.seconds for p in programs), sum(p.n_replays for p in programs)
 
+    @torch.inference_mode()
     def time_drafting(self, k: int, rounds: int) -> float:
         """Seconds of an engine's step of k drafts, none of which is kept."""
         sequence = self.new_sequence()
+        drafter: Drafter = self.drafter
+        if isinstance(drafter, ReadsStates):  # it has read the context
+            self.drafter.close(SEQUENCE)
+            Rounds(self.drafter, self.memory, self.model, list(sequence.tokens), k)
         self.runner.execute(StepPlan([Work(SEQUENCE, 1, 0)]), {SEQUENCE: sequence})
         plan = StepPlan([Work(SEQUENCE, 1, k)])
         for _ in range(WARM_STEPS):

@@ -96,6 +96,33 @@ class CausalCall:
         attend = CausalAttend(memory, ops, slots, rows, states)
         return cls(numbers, token_T, position_T, attend)
 
+    def fill(self, numbers: Tensor, n_rows: int) -> bool:
+        """Take the numbers of a call with as many rows as this one or fewer, as the first rows.
+
+        Returns:
+            Whether that was possible: tables are as large as they were here.
+        """
+        room = self.token_T.shape[0]
+        n_parts = 4 if self.attend.states is None else 6
+        n_parts += 2 * len(self.attend.memory.groups)
+        own, given = n_parts * room, n_parts * n_rows
+        if n_rows > room or self.numbers.shape[0] - own != numbers.shape[0] - given:
+            return False
+        self.numbers[:own].view(n_parts, room)[:, :n_rows] = numbers[:given].view(n_parts, n_rows)
+        self.numbers[own:] = numbers[given:]
+        return True
+
+    @classmethod
+    def wide(
+        cls, memory: Memory, ops: Ops, numbers: Tensor, n_rows: int, room: int
+    ) -> "CausalCall":
+        """As `of` for `room` rows, of which the first `n_rows` are filled."""
+        n_parts = (4 if memory.recurrent is None else 6) + 2 * len(memory.groups)
+        call = cls.of(memory, ops, numbers.new_zeros(numbers.shape[0] + n_parts * (room - n_rows)))
+        filled = call.fill(numbers, n_rows)
+        assert filled
+        return call
+
     @classmethod
     def prepare(
         cls, memory: Memory, ops: Ops, spans: Sequence[Span], tokens: list[int]

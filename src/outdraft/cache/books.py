@@ -149,11 +149,14 @@ class PageBooks:
 
     def fits(self, rows: Iterable[tuple[str, int]]) -> bool:
         """True if all these sequences can bring so many rows in one step."""
-        total = dict.fromkeys(self.groups, 0)
-        for sequence, n_rows in rows:
-            for name, n in self.missing(sequence, n_rows).items():
-                total[name] += n
-        return all(g.pool.n_available >= total[name] for name, g in self.groups.items())
+        size = self.page_slots
+        ends = [(name, -(-(self.lengths[name] + n_rows) // size)) for name, n_rows in rows]
+        for group in self.groups.values():
+            tables = group.tables
+            missing = sum(max(0, end - tables[name].end) for name, end in ends)
+            if missing > group.pool.n_available:
+                return False
+        return True
 
     def worst(self, n_tokens: int) -> dict[str, int]:
         """The most pages that a sequence holds on its way to so many tokens."""
@@ -172,7 +175,10 @@ class PageBooks:
         """
         assert self._own(sequence), "the next row would change a page of others"
         end = -(-(self.lengths[sequence] + n_rows) // self.page_slots)
-        if all(group.tables[sequence].end >= end for group in self.groups.values()):
+        for group in self.groups.values():
+            if group.tables[sequence].end < end:
+                break
+        else:
             return {}
         self.changed.add(sequence)
         new: dict[str, list[int]] = {}

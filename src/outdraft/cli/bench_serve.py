@@ -1,6 +1,7 @@
 """`outdraft bench serve`: the engine through HTTP beside the engine alone."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_KIND = 8
 START_S = 600.0
+START_LEARNING_S = 8.0  # its process loads the model
 
 app = typer.Typer(add_completion=False)
 
@@ -40,15 +42,21 @@ def bench_serve(
     max_tokens: Annotated[int, typer.Option(min=4, help="Most tokens of an answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and lengths.")] = 0,
+    assistant: options.Assistant = None,
     spec_draft_n: options.DraftFixed = None,
     quant: options.Bits = "auto",
     threads: options.Threads = None,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Measure what learning in the pauses costs instead.")
+    ] = False,
+    pause: Annotated[float, typer.Option(min=0.3, help="Seconds of a pause, for --learn.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure tokens per second through `outdraft serve` against the engine alone.
 
     Greedy, streamed, the same requests in turn, no prefix cache; both have the machine to
-    themselves while they run. That the texts are the same is checked first.
+    themselves while they run. That the texts are the same is checked first. With --learn a server
+    that learns is compared with one that does not, request by request behind equal pauses.
     """
     wanted = read_concurrencies(streams)
     config = options.engine_config(ctx.params, max_sequences=wanted[-1], prefix_cache=False)
@@ -63,6 +71,10 @@ def bench_serve(
     given = ["--parallel", str(wanted[-1]), "--quant", quant]
     given += [] if threads is None else ["--threads", str(threads)]
     given += [] if spec_draft_n is None else ["--spec-draft-n", str(spec_draft_n)]
+    given += [] if assistant is None else ["--assistant", assistant]
+    if learn:
+        learning(model, given, asked, pause, as_json=as_json)
+        return
     with serving(model, given) as port:
         same = check(llm, port, asked, wanted[-1])
         runs = measure(llm, port, asked, wanted, rounds)
@@ -72,6 +84,48 @@ def bench_serve(
         typer.echo(json.dumps({**report, **describe_version()}, indent=2))
         return
     show(rows, same)
+
+
+def learning(
+    model: str, given: Sequence[str], asked: "Sequence[Asked]", pause_s: float, *, as_json: bool
+) -> None:
+    """What learning while serving costs requests."""
+    from outdraft.bench.learning import OFF, ON, find_learner, measure, summarise, while_learning
+    from outdraft.bench.machine import describe_machine, describe_version
+    from outdraft.bench.serve import ask_all
+
+    idle_s = ["--learn", "--learn-idle-seconds", str(0.1)]
+    with serving(model, given) as off, serving(model, [*given, *idle_s]) as on:
+        same = ask_all(off, asked, 1)[2] == ask_all(on, asked, 1)[2]  # and something to learn from
+        time.sleep(START_LEARNING_S)
+        with remarks().status("measuring"):
+            answers = measure({OFF: off, ON: on}, find_learner(os.getpid()), asked, pause_s)
+    counted = while_learning(answers, pause_s)
+    if len(counted) < 8:
+        raise OutdraftError("the learner had too little to do", "give more --requests")
+    rows, n_rounds = summarise(counted), len(counted) // 2
+    if as_json:
+        report = {
+            "rows": rows,
+            "rounds": n_rounds,
+            "identical": same,
+            "machine": describe_machine(),
+        }
+        typer.echo(json.dumps({**report, **describe_version()}, indent=2))
+        return
+    table = new_table("learning in pauses", ["off, ms", "on, ms", "ratio", "of pairs (quartiles)"])
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        table.add_row(
+            {"first_ms": "first text", "pass_ms": "a pass", "total_ms": "a request"}[row["what"]],
+            f"{row['off']:.2f}",
+            f"{row['on']:.2f}",
+            f"{row['ratio_of_medians']:.3f}",
+            f"{row['ratio']:.3f} ({low:.3f}-{high:.3f})",
+        )
+    results().print(table)
+    remark(f"{n_rounds} of {len(asked)} requests, those behind a pause in which it learned")
+    remark("texts are the same" if same else "TEXTS DIFFER")
 
 
 @contextmanager

@@ -50,6 +50,18 @@ PrefixCache = Annotated[
 KeptStates = Annotated[
     int | None, typer.Option(min=0, help="States of recurrent layers kept with them, at most.")
 ]
+Learn = Annotated[
+    bool,
+    typer.Option("--learn/--no-learn", help="Make the drafter fit what is asked, in idle time."),
+]
+LearnDir = Annotated[
+    str | None, typer.Option(help="Keep learned drafters here for the next start; with --learn.")
+]
+LearnMb = Annotated[int, typer.Option(min=1, help="Most memory for texts to learn from, in MB.")]
+LearnIdle = Annotated[
+    float,
+    typer.Option("--learn-idle-seconds", min=0, help="Learn after so long without a request."),
+]
 ToolFormat = Annotated[
     str | None, typer.Option(help="How the model calls tools, instead of finding out.")
 ]
@@ -97,6 +109,10 @@ def serve(
     cache: options.Cache = True,
     cache_dir: options.CacheDir = None,
     cache_max_gb: options.CacheMax = options.CACHE_MAX_GB,
+    learn: Learn = False,
+    learn_dir: LearnDir = None,
+    learn_mb: LearnMb = 16,
+    learn_idle_s: LearnIdle = 1.0,
     tool_format: ToolFormat = None,
     verbose: Verbose = True,
 ) -> None:

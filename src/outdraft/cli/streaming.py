@@ -4,6 +4,7 @@ Here: what `generate` and `chat` share. Importing this module loads PyTorch; the
 they run, so that their --help is quick.
 """
 
+import gc
 import math
 import signal
 import threading
@@ -35,6 +36,8 @@ def load(model: str, config: EngineConfig) -> LLM:
     """Load a model and say on stderr what runs, what drafts and why, and what was left out."""
     with loading_bar(model) as loading:
         llm = LLM(model, config, loading)
+    gc.collect()
+    gc.freeze()  # or a full collection would look at all that was loaded, in the middle of a step
     target = llm.target
     n_params = target.report.n_params
     remark(

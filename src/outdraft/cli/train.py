@@ -25,7 +25,9 @@ def demo(
     minutes: Annotated[
         float | None, typer.Option(help="Length of the whole run; 20 if no steps are given.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="cpu; for a GPU demo, the shipped size, or large, twice that.")] = "cpu",
+    preset: Annotated[
+        str, typer.Option(help="cpu; for a GPU demo, the shipped size, or large, twice that.")
+    ] = "cpu",
     data: Annotated[
         list[Path] | None, typer.Option(help="Text to learn, instead of Python source found here.")
     ] = None,

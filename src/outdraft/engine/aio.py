@@ -88,6 +88,7 @@ class AsyncLLM:
         """Abort what is in progress, whose streams get their last events, and end the thread."""
         self._post(_Stop())
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.llm.learning.close)
 
     async def astream(
         self,

@@ -26,12 +26,13 @@ from outdraft.speculate.length import LengthController, is_usual
 
 SCRATCH = "cost measurement"
 CONTEXT = 256
-BUDGET_S = 0.6
-RECORD_S = 0.3
+BUDGET_S = 0.7
+RECORD_S = 0.4
 GRAPH_BUDGET_S = 6.0  # where a call runs and is captured before it can be replayed
 REPEATS = 2
 SLOW_S = 0.02  # of a call that is disturbed little, and repeated once
 OWN_CONTEXT = 16  # for drafters that have to read it themselves
+DENSE = 4  # of more drafts than this only every other number is measured
 STRIDE = 7919  # tokens that differ, since equal ones would go to the same experts
 
 
@@ -60,7 +61,8 @@ def measure_costs(
     """
     start = time.perf_counter()
     opened: list[str] = []
-    passes: dict[int, float] = {}
+    passes: dict[tuple[int, int], float] = {}
+    context = CONTEXT
     if bench.target.ctx_size < 4 * (n_draft_max + 2):
         return 0
     try:
@@ -68,31 +70,38 @@ def measure_costs(
         if budget_s is None:
             start, budget_s = _begin(bench, opened, start)
         deadline = start + budget_s
-        few, many = _sizes(n_draft_max, max_sequences)
-        for n_rows in few + many:
-            if n_rows > n_draft_max + 1 and len(opened) == 1:
+        greedy, *drawn = _kinds(lengths)
+        measured: list[list[str]] = []
+        for n, n_drafts in _batches(n_draft_max, max_sequences):
+            if n > len(opened):
                 _open(bench, opened, max_sequences)
-            if n_rows > len(opened) * (n_draft_max + 1):
+            names = opened[:n]
+            if len(names) < n:
                 continue
-            pass_s = _measure(partial(_verify, bench, opened, n_rows), deadline)
-            if pass_s is None:
-                return len(passes)
-            passes[n_rows] = pass_s
-            if n_rows in (few[-1], many[0]):
-                names = opened[: 1 if n_rows == few[-1] else None]
-                _measure_rounds(lengths, bench, names, context, n_draft_max, deadline)
-        for n in range(4, len(opened), 4):
-            _measure_rounds(lengths, bench, opened[:n], context, n_draft_max, deadline)
-        for n_rows, pass_s in passes.items():  # again, since a disturbance lasts for a while
-            again = _measure(partial(_verify, bench, opened, n_rows), deadline)
-            passes[n_rows] = min(pass_s, again or pass_s)
+            for k in n_drafts:
+                call = partial(_verify, bench, names, n * (k + 1))
+                pass_s = _measure(call, deadline, repeats=1)
+                if pass_s is None:
+                    return len(passes)
+                passes[n, n * (k + 1)] = pass_s
+            if names not in measured:
+                kinds = [greedy] if measured else [greedy, *drawn]
+                _measure_rounds(kinds, bench, names, context, n_draft_max, deadline)
+                measured.append(names)
+        for (n, n_rows), pass_s in passes.items():  # again, since a disturbance lasts for a while
+            call = partial(_verify, bench, opened[:n], n_rows)
+            again = _measure(call, deadline, repeats=1)
+            passes[n, n_rows] = min(pass_s, again or pass_s)
+        for names in measured[1:]:
+            _measure_rounds(drawn, bench, names, context, n_draft_max, deadline)
         if time.perf_counter() < deadline:  # not a slow model
-            _record(bench, opened, n_draft_max, context, start + budget_s + RECORD_S)
+            deadline = start + budget_s + RECORD_S
+            passes = _record(bench, opened, n_draft_max, context, deadline) | passes
     except Exception:
         return len(passes)
     finally:
         for controller, _ in _kinds(lengths):
-            controller.costs.measured(passes)
+            controller.costs.measured_batches(passes, context)
         for name in opened:
             bench.memory.close(name)
             with suppress(Exception):
@@ -102,21 +111,24 @@ def measure_costs(
 
 def _record(
     bench: Bench, names: list[str], n_draft_max: int, context: int, deadline: float
-) -> None:
-    """Run the sizes that were not measured once: the first time of a size is slow."""
+) -> dict[tuple[int, int], float]:
+    """Run all sizes once: the first time of a size is slow. What passes cost behind that."""
+    found: dict[tuple[int, int], float] = {}
     most = min(MAX_RECORDED_ROWS, len(names) * (n_draft_max + 1))
     for n_rows in filter(is_usual, range(1, most + 1)):
-        if time.perf_counter() > deadline:
-            return
-        _verify(bench, names, n_rows)
+        pass_s = _measure(partial(_verify, bench, names, n_rows), deadline, repeats=1)
+        if pass_s is None:
+            return found
+        found[min(n_rows, len(names)), n_rows] = pass_s
     hidden_H = _verify(bench, names, 1).hidden_TH[0].clone()
     for n in range(1, len(names) + 1):
         view = _view(bench, names[:n], SamplingParams(), context, hidden_H)
         for depth in range(1, n_draft_max + 1):
             if time.perf_counter() > deadline:
-                return
+                return found
             _give_states(bench, view, hidden_H[None])
             bench.drafter.propose(view, depth)
+    return found
 
 
 def _begin(bench: Bench, names: list[str], start: float) -> tuple[float, float]:
@@ -135,20 +147,23 @@ def _kinds(lengths: AutoLengths) -> list[tuple[LengthController, SamplingParams]
     return kinds
 
 
-def _sizes(n_draft_max: int, max_sequences: int) -> tuple[list[int], list[int]]:
-    """Rows of one sequence, and of many: the ends first, then what is between, a third apart."""
-    few = list(dict.fromkeys((1, 2, n_draft_max + 1)))
-    most = max_sequences * (n_draft_max + 1)
-    between, n = [*range(3, n_draft_max + 1)], n_draft_max + 1
-    while n < most:
-        n = min(max(n + 1, n * 4 // 3), most)
-        between.append(n)
-    many = dict.fromkeys((max_sequences, 2 * max_sequences, *between))
-    return few, [n for n in many if n not in few and n <= most] or few[-1:]
+def _batches(n_draft_max: int, max_sequences: int) -> list[tuple[int, list[int]]]:
+    """Batches, and how many drafts of each of their sequences: the ends first, then between.
+
+    A pass is measured as it will run: with all of a batch's sequences, as many rows of each.
+    """
+    ends = list(dict.fromkeys((0, 1, n_draft_max)))
+    between = [k for k in range(2, n_draft_max) if k <= DENSE or k % 2 == 0]
+    if max_sequences == 1:
+        return [(1, ends), (1, between)]
+    middle = [n for n in (4, 8, 2, *range(12, max_sequences, 4)) if n < max_sequences]
+    every = [(n, sorted({*ends, *between})) for n in middle]
+    many = (max_sequences, between)
+    return [(1, ends), (max_sequences, ends), (1, between), *every[:2], many, *every[2:]]
 
 
 def _measure_rounds(
-    lengths: AutoLengths,
+    kinds: list[tuple[LengthController, SamplingParams]],
     bench: Bench,
     names: list[str],
     context: int,
@@ -161,7 +176,7 @@ def _measure_rounds(
     """
     between = partial(_verify, bench, names, len(names))
     hidden_H = between().hidden_TH[0].clone()
-    for controller, params in _kinds(lengths):
+    for controller, params in kinds:
         view = _view(bench, names, params, context, hidden_H)
 
         def before(view: TargetView = view) -> None:
@@ -235,14 +250,17 @@ def _verify(bench: Bench, names: list[str], n_rows: int) -> Pass:
 
 
 def _measure(
-    call: Callable[[], object], deadline: float, between: Callable[[], object] = lambda: None
+    call: Callable[[], object],
+    deadline: float,
+    between: Callable[[], object] = lambda: None,
+    repeats: int = REPEATS,
 ) -> float | None:
     """Seconds of a call after its first time; None where the time left does not allow it."""
     start = time.perf_counter()
     between()
     call()  # records
     first_s = time.perf_counter() - start
-    repeats = REPEATS if first_s < SLOW_S else 1
+    repeats = repeats if first_s < SLOW_S else 1
     if time.perf_counter() + repeats * first_s > deadline:
         return None
     times = []

@@ -5,6 +5,7 @@ Here: `LLM`. Not here: what a step does (runner.py) and who is in it (scheduler.
 
 import itertools
 import secrets
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from outdraft.config import EngineConfig
 from outdraft.engine.costs import Bench, measure_costs
 from outdraft.engine.fit import build_memory
 from outdraft.engine.graphs import TargetPass
+from outdraft.engine.learned import begin_learning
 from outdraft.engine.lengths import AutoLengths
 from outdraft.engine.options import Samplers
 from outdraft.engine.runner import Runner
@@ -113,6 +115,8 @@ class LLM:
             n_draft_max=self.pairing.n_draft_max,
         )
         self._ids = itertools.count()
+        self.learning = begin_learning(self.target, self.pairing, self.config, self.loading)
+        weakref.finalize(self, self.learning.close)
         self.lengths: AutoLengths | None = None
         if self.pairing.drafter is not None and self.config.draft_n is None:
             self.set_draft_auto()
@@ -123,6 +127,7 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         for sequence_id in [*self.scheduler.running, *(s.id for s in self.scheduler.waiting)]:
             self.abort(sequence_id)
+        self.learning.close()
 
     def describe(self) -> str:
         """What computes, and in which types, in a few words for people."""
@@ -197,6 +202,7 @@ class LLM:
         *,
         cache_salt: str = "",
         draft_n_max: int | None = None,
+        store: bool = True,
     ) -> Sequence:
         """A request that can be queued. It touches nothing of the engine: any thread may call it.
 
@@ -209,7 +215,8 @@ class LLM:
             raise SamplingError(f"n is {params.n}", "use generate_all, which returns n completions")
         prompt_tokens = self.encode(prompt)
         check_prompt(prompt_tokens, self.target.config.vocab_size, self.ctx_size)
-        request = Request(f"r{next(self._ids)}", prompt_tokens, params, cache_salt, draft_n_max)
+        name = f"r{next(self._ids)}"
+        request = Request(name, prompt_tokens, params, cache_salt, draft_n_max, store)
         limit = self.ctx_size
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_tokens) + params.max_tokens)
@@ -251,6 +258,7 @@ class LLM:
 
     def step(self) -> list[TokenEvent]:
         """Run one step of everything in progress; [] when there is nothing to do."""
+        self.learning.pause()
         events = []
         while (admitted := self.scheduler.admit_next()) is not None:
             try:
@@ -261,6 +269,7 @@ class LLM:
                 self.runner.counters.end(admitted)
         running = self.scheduler.running
         if not running:
+            self.learning.rest(busy=self.scheduler.busy)
             return events
         plan = self.scheduler.plan()
         for sequence_id in plan.preempted:
@@ -270,8 +279,10 @@ class LLM:
             self.scheduler.remove(sequence.id)
             self.runner.close(sequence)
             self.runner.counters.end(sequence)
+            self.learning.observe(sequence)
         if not self.scheduler.busy:
             self.scheduler.check()
+        self.learning.rest(busy=self.scheduler.busy)
         return events
 
     def stats(self) -> EngineStats:
@@ -285,6 +296,7 @@ class LLM:
             reason=self.pairing.reason,
             chosen=lengths is not None,
             speed_up=None if lengths is None else lengths.speed_up,
+            learn=self.learning.stats(),
         )
 
     def check(self) -> None:
@@ -306,6 +318,7 @@ class LLM:
             self.runner.close(sequence)
         event = sequence.abort(FinishReason.ABORT)
         self.runner.counters.end(sequence)
+        self.learning.rest(busy=self.scheduler.busy)
         return event
 
     def stream(

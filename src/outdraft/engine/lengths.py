@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from outdraft.engine.sequence import Sequence
 from outdraft.request import SamplingParams
-from outdraft.speculate.costs import CHANGED
-from outdraft.speculate.drafter import Drafter, ManySources, draws
+from outdraft.speculate.drafter import Draft, Drafter, ManySources, draws
 from outdraft.speculate.length import FREE, Choice, LengthController
 from outdraft.speculate.trial import Trial, Trials
 
@@ -40,8 +42,10 @@ class StepCosts:
 
 
 SPEED_UP_DECAY = 0.995
-SETTLED = 256  # steps after which
-EVERY = 4  # only each fourth is learned from
+SETTLED = 128  # steps that were looked at, after which
+EVERY = 4  # only each fourth is
+THOUGHT_S = 0.003  # what the rows of drafts take, from which on it is asked which are worth it
+MISMEASURED = 1.3  # steps that take so many times less than was measured at the start
 FIRST = 8  # whole steps draft as much as can be, so that acceptance is known at all positions
 UNLOOKED = 7  # plain steps behind one that was looked at,
 HELD = 3  # and steps with the same number of drafts behind one, of which blocks alone are learned,
@@ -61,9 +65,15 @@ class AutoLengths:
         self.drawn = LengthController(n_draft_max)
         self.trials = {False: Trials(), True: Trials()}  # with drawn drafts, and without
         self._chosen: dict[str, Choice] = {}
+        self._leaves_out = False
+        self._n_decoding = 0
         self._alike = False
         self._n_steps = 0
         self._seen: set[tuple[bool, int, int, int]] = set()
+        self._sure: tuple[list[str], list[int], NDArray[np.float32]] | None = None
+        """What the drafter said of its drafts, by sequence, where some could be left out."""
+        self._repeatable: tuple[list[str], list[int]] = ([], [])
+        self._repeats_left = self._n_repeated = 0
         self._spent_s = self._plain_s = 0.0
         self.whole_steps = False
         """Whether a step of one sequence is timed from end to end: parts say little (whole.py)."""
@@ -86,7 +96,7 @@ class AutoLengths:
     @property
     def mismeasured(self) -> bool:
         """Whether steps take so much less than was measured that something was in the way then."""
-        return any(c.costs.speed < 1 / CHANGED for c in (self.likeliest, self.drawn))
+        return any(c.costs.speed < 1 / MISMEASURED for c in (self.likeliest, self.drawn))
 
     def draws(self, params: SamplingParams) -> bool:
         """Whether drafts of such a request are drawn from the drafter's distribution."""
@@ -108,12 +118,22 @@ class AutoLengths:
         if self._skipping:
             self._unlooked -= 1
             return [self._held]
+        names = [s.id for s in decoding]
+        self._n_decoding, self._sure = len(names), None
+        if self._repeats_left and names == self._repeatable[0]:
+            self._repeats_left -= 1
+            self._n_repeated += 1
+            return self._repeatable[1]
+        self._repeats_left = self._n_repeated = 0
         drafter = self.drafter
         if drafter is None:
-            asked = [(s.id, MODEL) for s in decoding]
+            asked = [(name, MODEL) for name in names]
         else:
             asked = [(s.id, drafter.sources(s.id, s.tokens)) for s in decoding]
         controller = self._of(decoding)
+        if len(decoding) > 1:
+            n_tokens = sum(len(s.tokens) for s in decoding)
+            controller.costs.read_back(n_tokens / len(decoding))
         choices = controller.choose(asked)
         whole = self._is_whole(decoding)
         first = whole and drafter is None and self._n_first < FIRST
@@ -132,7 +152,31 @@ class AutoLengths:
         self._chosen = {s.id: choice for s, choice in zip(decoding, choices, strict=True)}
         if drafter is not None:
             drafter.use({name: (c.source, c.n_drafts) for name, c in self._chosen.items()})
-        return [choice.n_drafts for choice in choices]
+        found = [choice.n_drafts for choice in choices]
+        self._leaves_out = False
+        if drafter is None and controller is self.likeliest and controller.costs.known:
+            n, costs = len(found), controller.costs
+            rows_s = costs.pass_s(n + sum(found), n) - costs.pass_s(n, n)
+            self._leaves_out = rows_s > THOUGHT_S
+        if drafter is None and not whole and not trial.trying:
+            self._repeatable, self._repeats_left = (names, found), controller.take_uses()
+        return found
+
+    def worth_verifying(self, asking: Seq[Sequence], lengths: list[int], draft: Draft) -> list[int]:
+        """Of each sequence that drafted, how many drafts to verify: at most so many.
+
+        All, where the drafter does not say how sure it is, where thinking about it takes a good
+        part of what it could save, and where drafts were drawn: those must not be left out for
+        what they are.
+        """
+        if draft.confidence_BK is None or not self._leaves_out:
+            return lengths
+        confidence_BK = draft.confidence_BK.numpy()[:, : max(lengths)]
+        if np.isnan(confidence_BK).any():
+            return lengths
+        n_decoding = max(len(asking), self._n_decoding)
+        self._sure = [s.id for s in asking], lengths, confidence_BK
+        return self.likeliest.worth_verifying(n_decoding, confidence_BK, lengths)
 
     def close(self, sequence_id: str) -> None:
         """Forget a sequence."""
@@ -141,6 +185,8 @@ class AutoLengths:
 
     def looks(self, n_sequences: int) -> bool:
         """Whether `observe` wants the step that ends now; if not, its end is noted."""
+        if self._n_repeated and self._n_steps > SETTLED:
+            return self._n_repeated % EVERY == 0
         if not self._skipping or n_sequences > 1 or self._held:
             return True
         self._ended = self._ended[0], time.perf_counter()
@@ -164,10 +210,7 @@ class AutoLengths:
             step = self._whole(sequences[0].id, step)
         else:
             self._ended, self._n_run = ("", 0.0), 0
-        for sequence_id, (n_drafted, n_accepted) in step.blocks.items():
-            choice = self._chosen.get(sequence_id)
-            if choice is not None and choice.source:
-                controller.observe_block(sequence_id, choice.source, n_drafted, n_accepted)
+        self._observe_blocks(controller, step)
         if whole and self._skipping:
             return
         drawn = controller is self.drawn
@@ -186,11 +229,13 @@ class AutoLengths:
             self._seen.add(size)
         if timed:
             n_tokens = step.n_sequences + sum(n_accepted for _, n_accepted in step.blocks.values())
-            self._trial(controller, step.n_sequences).observe(
-                n_tokens, target_s + step.draft_s, alike=self._alike
-            )
+            trial = self._trial(controller, step.n_sequences)
+            seconds, promise = target_s + step.draft_s, controller.promise
+            trial.observe(n_tokens, seconds, alike=self._alike, promise=promise)
+            if trial.trying:
+                self._repeats_left = 0
         self._n_steps += 1
-        if self._n_steps > SETTLED and self._n_steps % EVERY and not self._unlooked:
+        if whole and self._n_steps > SETTLED and self._n_steps % EVERY and not self._unlooked:
             return  # learning costs time, too
         if timed:
             controller.observe_step(
@@ -203,6 +248,20 @@ class AutoLengths:
                 None if drawn or whole else step.rest_s,
             )
             self._compare(step, target_s, controller)
+
+    def _observe_blocks(self, controller: LengthController, step: StepCosts) -> None:
+        blocks, sure_of = step.blocks, {}
+        if self._sure is not None:
+            names, asked, confidence_BK = self._sure
+            rows = zip(names, asked, confidence_BK.tolist(), strict=True)
+            sure_of = {name: own[:n] for name, n, own in rows}
+            blocks = dict.fromkeys(names, (0, 0)) | blocks
+            self._sure = None
+        for sequence_id, (n_drafted, n_accepted) in blocks.items():
+            choice = self._chosen.get(sequence_id)
+            if choice is not None and choice.source:
+                sure = sure_of.get(sequence_id, ())
+                controller.observe_block(sequence_id, choice.source, n_drafted, n_accepted, sure)
 
     def _whole(self, sequence_id: str, step: StepCosts) -> StepCosts:
         """The step from the end of the one before to now; all but its round is its pass."""

@@ -31,7 +31,7 @@ from outdraft.engine.decide import (
     report_prompt,
     reported,
 )
-from outdraft.engine.graphs import Left, Pass, TargetPass
+from outdraft.engine.graphs import Left, Pass, Rows, TargetPass, rows_of
 from outdraft.engine.lengths import AutoLengths, StepCosts
 from outdraft.engine.plan import StepPlan, Work
 from outdraft.engine.scheduler import most_cached
@@ -58,17 +58,6 @@ class _Proposal:
     view: TargetView | None
     blocks: dict[str, Block]
     accepted: dict[str, int]
-
-
-@dataclass(slots=True)
-class _Rows:
-    """One sequence's part of a pass: where its rows are, the best id of the scored ones."""
-
-    start: int
-    n_rows: int
-    best: list[int]
-    hidden_TH: Tensor  # of the whole pass
-    logits_RV: Tensor
 
 
 class Runner:
@@ -204,38 +193,36 @@ class Runner:
             block = proposal.blocks.get(w.sequence, NO_DRAFTS)
             n_rows = w.n_rows + len(block.tokens)
             n_scored = n_rows - w.n_rows + 1 if w.n_rows == sequence.n_pending else 0
-            scores = slice(scored, scored + n_scored)
-            own = _Rows(row, n_rows, best[scores], done.hidden_TH, done.logits_RV[scores])
+            own = Rows(row, n_rows, scored, best[scored : scored + n_scored], done)
             row, scored = row + n_rows, scored + n_scored
             n_tokens = len(sequence.tokens)
             try:
                 n_kept = self._finish(sequence, w, own, proposal, events)
                 newest[sequence.id] = own.start + n_kept - 1
                 if self._reader is not None:
-                    first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[own.start :]
-                    self._drafter_call(self._reader.read, sequence.id, first, rows_TH[:n_kept])
+                    first, rows_TH = sequence.n_computed - n_kept, own.hidden_TH[:n_kept]
+                    self._drafter_call(self._reader.read, sequence.id, first, rows_TH)
             except Exception as error:
                 del sequence.tokens[n_tokens:]
                 events.append(self._fail(sequence, error))
         if self.drafter is not None and self.drafter.needs.final_hidden and newest:
-            for sequence_id, row in newest.items():  # an index of all would wait for the device
-                self.hidden[sequence_id] = done.hidden_TH[row].clone()
+            self.hidden.update(rows_of(done.hidden_TH, newest))
         return events
 
     def _finish(
         self,
         sequence: Sequence,
         work: Work,
-        own: "_Rows",
+        own: Rows,
         proposal: _Proposal,
         events: list[TokenEvent],
     ) -> int:
         """What follows the pass for one sequence; how many of its rows stay in memory."""
         self.memory.advance(sequence.id, own.n_rows)
         if sequence.request.params.prompt_logprobs is not None:
-            report_prompt(self.target, sequence, own.hidden_TH[own.start :][: own.n_rows])
+            report_prompt(self.target, sequence, own.hidden_TH)
         if work.n_rows < sequence.n_pending:  # a prompt with more chunks to come
-            if not bool(torch.isfinite(own.hidden_TH[own.start :][: own.n_rows]).all()):
+            if not bool(torch.isfinite(own.hidden_TH).all()):
                 raise not_finite()
             self._keep_rows(sequence, own.n_rows, work.n_rows)
             self._settle(sequence)
@@ -248,7 +235,7 @@ class Runner:
             probs = block.probs_KV
             probs = None if probs is None else probs[: n_good - 1]
             block = Block(block.tokens[: n_good - 1], probs, block.forced)
-        logits_RV = own.logits_RV[:n_good]
+        logits_RV = own.logits(n_good)
         verdict = decide(sequence, block, logits_RV, own.best)
         n_kept = work.n_rows + verdict.n_accepted
         self._keep_rows(sequence, own.n_rows, n_kept)
@@ -300,13 +287,17 @@ class Runner:
             ]
         )
         k = max(w.n_drafts for w in work)
-        leaves = isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences)
-        draft = drafter.leave(view, k) if leaves else drafter.propose(view, k)
+        if isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences):
+            draft = drafter.leave(view, k)
+        else:
+            draft = drafter.propose(view, k)
         tokens = draft.tokens_BK.tolist()
         check_draft(draft, tokens, len(work), self.target.config.vocab_size)
         blocks = {}
-        for b, w in enumerate(work):
-            n = min(w.n_drafts, draft.lengths[b])
+        lengths = [min(w.n_drafts, n) for w, n in zip(work, draft.lengths, strict=True)]
+        if self.lengths is not None and draft.left_K is None:
+            lengths = self.lengths.worth_verifying(asking, lengths, draft)
+        for b, (w, n) in enumerate(zip(work, lengths, strict=True)):
             probs = draft.probs[b]
             block = Block(tokens[b][:n], None if probs is None else probs[:n])
             if draft.left_K is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from outdraft.cache.books import GroupBooks
 from outdraft.cache.states import StateBooks
 from outdraft.engine.plan import StepPlan
+from outdraft.engine.replay import LearnStats
 from outdraft.engine.scheduler import Scheduler
 from outdraft.engine.sequence import Sequence
 from outdraft.errors import OutdraftError
@@ -118,6 +119,7 @@ class EngineStats:
             the same batches, in tokens per second; None while that is not known.
         faults: what went wrong and was contained.
         states: of recurrent layers; None where the model has none.
+        learn: how learning goes; None where it is off.
     """
 
     n_running: int
@@ -138,6 +140,7 @@ class EngineStats:
     speed_up: float | None
     faults: Faults
     states: StateCounts | None = None
+    learn: LearnStats | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -154,6 +157,7 @@ def snapshot(
     reason: str,
     chosen: bool,
     speed_up: float | None,
+    learn: LearnStats | None = None,
 ) -> EngineStats:
     """The engine as it is between two steps. Any thread may ask; counts may be a step apart.
 
@@ -188,6 +192,7 @@ def snapshot(
         speed_up=speed_up,
         faults=replace(faults),
         states=None if states is None else StateCounts.of(states),
+        learn=learn,
     )
 
 

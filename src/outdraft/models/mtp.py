@@ -63,7 +63,7 @@ class MtpHead:
         self.hidden_norm = one_plus(weights["pre_fc_norm_hidden.weight"])
         self.layer = Layer.build(config, weights, "layers.0.", ops, full=True)
         self.norm = one_plus(weights["norm.weight"])
-        self.query_table, self.key_table = rotary_tables(config, n_positions)
+        self.query_table, self.key_table = rotary_tables(config, n_positions, ops.device)
 
     def forward(
         self, embedded_TK: Tensor, hidden_TK: Tensor, position_T: Tensor, attend: Attend

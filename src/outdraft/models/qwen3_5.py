@@ -132,11 +132,15 @@ def turning_order(head_dim: int, rotary_dim: int) -> Tensor:
     return torch.tensor([*first, *range(half, rotary_dim), *range(rotary_dim + rest, head_dim)])
 
 
-def rotary_tables(config: Qwen35Config, n_positions: int) -> tuple[tuple[Tensor, Tensor], ...]:
+def rotary_tables(
+    config: Qwen35Config, n_positions: int, device: torch.device | None = None
+) -> tuple[tuple[Tensor, Tensor], ...]:
     """(cos, sin) for queries, times D^-1/2, and for keys; dimensions behind the part stay still."""
     exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     still = torch.zeros((config.head_dim - config.rotary_dim) // 2)
-    cos, sin = rotary_table(n_positions, torch.cat((1.0 / config.rope_theta**exponent, still)))
+    cos, sin = rotary_table(
+        n_positions, torch.cat((1.0 / config.rope_theta**exponent, still)), device
+    )
     scale = config.head_dim**-0.5
     return (cos * scale, sin * scale), (cos, sin)
 
@@ -191,7 +195,7 @@ class Delta:
         conv = weights[prefix + "conv1d.weight"]
         conv = conv.floats() if isinstance(conv, StoredWeight) else conv
         self.net = DeltaNet(
-            at_least_fp32(conv[:, 0].t()).contiguous(),
+            at_least_fp32(conv[:, 0].t()).contiguous().to(ops.device),
             DeltaGates(
                 -at_least_fp32(weights[prefix + "A_log"]).exp(),
                 at_least_fp32(weights[prefix + "dt_bias"]),
@@ -304,7 +308,7 @@ class Qwen35:
             self.head = ops.pack(weights["lm_head.weight"], "embedding")
         self.norm = one_plus(weights["norm.weight"])
         n_positions = n_positions or config.max_position_embeddings
-        self.query_table, self.key_table = rotary_tables(config, n_positions)
+        self.query_table, self.key_table = rotary_tables(config, n_positions, ops.device)
 
     def embed(self, token_T: Tensor) -> Tensor:
         """Input embeddings [T, K]."""

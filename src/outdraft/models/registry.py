@@ -105,7 +105,6 @@ QWEN35 = Family(
     build=qwen3_5.Qwen35,
     prefixes=qwen3_5.PREFIXES,
     describe=qwen3_5_config.describe,
-    cpu_only="the kernels of its recurrent layers are for CPUs",
 )
 
 NEMOTRON_H = Family(
@@ -197,7 +196,9 @@ def choose_ops(
         ModelError: the kernels were asked for and cannot run this.
     """
     device = card(config)
-    uneven = [dim for dim in model.head_dims if dim & (dim - 1)]
+    delta = getattr(model, "delta", None)
+    dims = (*model.head_dims, *((delta.k_dim, delta.v_dim) if delta is not None else ()))
+    uneven = [dim for dim in dims if dim & (dim - 1)]
     if device is not None and uneven:
         if config.device == "cuda":
             raise ModelError(f"device cuda has no heads of {uneven[0]}", "use --device cpu")

@@ -33,6 +33,14 @@ class Program:
         """Run all recorded calls."""
         self.core.replay()
 
+    def resize(self, n_rows: int, recorded: int) -> None:
+        """See `Resizable`.
+
+        Raises:
+            ValueError: there are more than recorded, or a call has rows of another number.
+        """
+        self.core.resize(n_rows, recorded)
+
     def __len__(self) -> int:
         """Number of kernel calls."""
         return len(self.core)

@@ -24,6 +24,22 @@ class Replayable(Protocol):
 
 
 @runtime_checkable
+class Resizable(Protocol):
+    """A recorded call that can be replayed with fewer rows than it was recorded with."""
+
+    def replay(self) -> None:
+        """As `Replayable`."""
+        ...
+
+    def resize(self, n_rows: int, recorded: int) -> None:
+        """Replays take the first `n_rows` of the `recorded` rows of every tensor from now on.
+
+        A tensor with several rows for each row of the call has the first of as many times more.
+        """
+        ...
+
+
+@runtime_checkable
 class Recordable(Protocol):
     """Operations that can be recorded."""
 

@@ -70,4 +70,4 @@ class Fetched:
         """The parts on the CPU, once they are there."""
         if self.ready is not None:
             self.ready.synchronize()
-        return list(self.host.clone().split(self.sizes))
+        return list(torch.split(self.host.clone(), self.sizes))

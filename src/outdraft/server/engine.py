@@ -174,6 +174,7 @@ class Engine:
         salt: str = "",
         draft_n_max: int | None = None,
         detail: bool = False,
+        store: bool = True,
     ) -> Stream:
         """Send a request. Await `accepted` of the stream: then it is in the engine's queue.
 
@@ -182,6 +183,7 @@ class Engine:
         Args:
             mailbox: where its batches go; several requests may share one.
             detail: tell the number of drafts of each block, too.
+            store: False keeps nothing of it to learn from.
 
         Raises:
             ApiError: there is no engine at the moment.
@@ -202,6 +204,7 @@ class Engine:
                 "salt": salt,
                 "draft_n_max": draft_n_max,
                 "detail": detail,
+                "store": store,
             }
         )
         return stream

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from outdraft.engine.engine import LLM
+from outdraft.engine.replay import LearnStats
 from outdraft.engine.sequence import Sequence
 from outdraft.request import TokenEvent
 from outdraft.server.errors import public
@@ -118,6 +119,7 @@ class Gauges:
             "draft_n_now": stats.draft_length,
             "draft_reason": public(stats.why_not_drafting or self.llm.pairing.reason, names=True),
             "speedup_measured": stats.speed_up,
+            "learn": None if stats.learn is None else _learning(stats.learn),
         }
 
     def _rate(self, now: float) -> float:
@@ -127,6 +129,11 @@ class Gauges:
             return 0.0
         span = recent[-1][0] - recent[0][0]
         return sum(n for _, n in recent[1:]) / span if span > 0 else 0.0
+
+
+def _learning(stats: LearnStats) -> dict[str, Any]:
+    """Without paths: this reaches clients."""
+    return {**asdict(stats), "last_error": public(stats.last_error)}
 
 
 def describe(llm: LLM) -> dict[str, Any]:
@@ -142,4 +149,5 @@ def describe(llm: LLM) -> dict[str, Any]:
         "draft_reason": public(llm.pairing.reason, names=True),
         "max_sequences": llm.config.max_sequences,
         "hidden_size": target.config.hidden_size,
+        "learning": llm.config.learn,
     }

@@ -124,6 +124,7 @@ def props(service: Service) -> Response:
             "draft_n_max": info.get("draft_n_max"),
             "draft_reason": info.get("draft_reason"),
             "compute": info.get("compute"),
+            "learning": info.get("learning", False),
         }
     )
 

@@ -48,6 +48,7 @@ class Job:
         salt: requests with different salts share no cached prompts.
         drafting: False decodes this request plainly.
         detail: one delta for each verified block, with its number of drafts.
+        store: False keeps nothing of it to learn from.
         adapt: makes the final parameters when the prompt's tokens are known.
         left_at: when the client's connection closed (time.monotonic); None while it is open.
     """
@@ -58,6 +59,7 @@ class Job:
     salt: str = ""
     drafting: bool = True
     detail: bool = False
+    store: bool = True
     adapt: Callable[[SamplingParams, tuple[int, ...]], SamplingParams] | None = None
     left_at: Callable[[], float | None] = lambda: None
 
@@ -337,6 +339,7 @@ class Jobs:
                 salt=salt,
                 draft_n_max=None if job.drafting else 0,
                 detail=job.detail,
+                store=job.store,
             )
             running.streams.append(stream)
         for stream in running.streams:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from outdraft.server.engine import Engine, State
 from outdraft.server.guard import Visit
 from outdraft.server.jobs import End, Jobs
+from outdraft.server.learn_metrics import learning
 
 if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry as Registry
@@ -112,6 +113,8 @@ class _EngineCollector(Collector):
         yield from _aborts(stats)
         yield from _pages(stats.get("pages", {}))
         yield from _drafts(stats, engine.info)
+        if stats.get("learn"):
+            yield from learning(stats["learn"])
         faults = CounterMetricFamily("outdraft_faults", "Failures, contained.", labels=("stage",))
         for stage, n in stats.get("faults", {}).items():
             faults.add_metric((stage,), n)

@@ -64,7 +64,6 @@ class ResponsesRequest(Sampling):
     text: Text | None = None
     reasoning: Reasoning | None = None
     metadata: dict[str, Any] | None = None
-    store: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
     user: str | None = None

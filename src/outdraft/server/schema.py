@@ -109,6 +109,7 @@ class Sampling(Loose):
     regex: str | None = None
     grammar: str | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    store: bool | None = None
     outdraft: Extension | None = None
 
 

@@ -95,6 +95,7 @@ class Service:
             salt=json.dumps([visit.client, request.cache_salt or ""]),
             drafting=own is None or own.drafting == "auto",
             detail=detail,
+            store=request.store is not False,
             adapt=None if use is None else partial(self.dialect.params, use),
             left_at=lambda: visit.left_at,
         )

@@ -9,6 +9,7 @@ load; `accepted` or `refused` for a request, then `tokens` with what all request
 such message; `embedding`; `stats` twice a second while there is work, and once when it ends.
 """
 
+import gc
 import queue
 import signal
 import socket
@@ -26,6 +27,7 @@ from typing import Any
 from outdraft.config import EngineConfig
 from outdraft.engine.embed import Pooling, embed
 from outdraft.engine.engine import LLM, completion_of
+from outdraft.engine.learning import Learning
 from outdraft.engine.sequence import Sequence, check_prompt
 from outdraft.errors import OutdraftError
 from outdraft.request import Logprobs, TokenEvent
@@ -120,6 +122,7 @@ class Worker:
                 params_from_json(message["params"]),
                 cache_salt=message["salt"],
                 draft_n_max=message["draft_n_max"],
+                store=message["store"],
             )
         except Exception as error:
             self.inbox.put(partial(self.refuse, _refusal(name, error)))
@@ -221,6 +224,7 @@ class Worker:
             tokens = tuple(texts.inputs[len(texts.vectors)])
             check_prompt(tokens, self.llm.target.config.vocab_size, self.llm.ctx_size)
             chunk = self.llm.config.prefill_chunk
+            self.llm.learning.pause()
             texts.vectors.append(embed(self.llm.runner, tokens, texts.pooling, chunk).tolist())
         except Exception as error:
             self.embeddings.popleft()
@@ -229,6 +233,7 @@ class Worker:
             if len(texts.vectors) == len(texts.inputs):
                 self.embeddings.popleft()
                 self.send({"op": "embedding", "id": texts.name, "vectors": texts.vectors})
+        self.llm.learning.rest(busy=self.llm.scheduler.busy)
 
     def collect(self, events: list[TokenEvent]) -> None:
         """Hold events back for the next message."""
@@ -327,7 +332,11 @@ def main() -> None:
         return
     for note in llm.loading.notes:
         print(note, file=sys.stderr)
+    gc.collect()
+    gc.freeze()  # or a full collection would look at all that was loaded, in the middle of a step
     worker = Worker(llm, sock)
+    if isinstance(llm.learning, Learning):
+        llm.learning.changed = lambda: worker.inbox.put(lambda: True)  # said when idle
     worker.send({"op": "loaded", "info": describe(llm)})
     threading.Thread(target=worker.read, name="commands", daemon=True).start()
     worker.run()

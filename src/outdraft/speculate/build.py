@@ -1,8 +1,9 @@
 """Which drafter a target gets, and why. The only place that knows drafters by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from outdraft.cache.memory import Memory
 from outdraft.config import EngineConfig
@@ -36,6 +37,20 @@ class Pairing:
     reason: str
     path: Path | None = None
     n_draft_max: int = 0
+    renewal: "Renewal | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """How the weights of a drafter without a state of its own are exchanged.
+
+    Attributes:
+        load: the network in a directory like the drafter's, ready to draft; told how far it is.
+        exchange: draft with that network from the next step on; returns the one before.
+    """
+
+    load: Callable[[Path, Loading], Any]
+    exchange: Callable[[Any], Any]
 
 
 def build_drafter(
@@ -146,9 +161,36 @@ def read_assistant_config(path: Path) -> AssistantConfig:
 def _load_assistant(
     target: Target, path: Path, reason: str, config: EngineConfig, loading: Loading | None
 ) -> Pairing:
+    base = load_assistant(target, path, config, loading)
+    assistant = base.model.config
+    drafter: Drafter = base
+    n_max = _first(config.draft_n, config.draft_n_max, assistant.n_draft_default)
+    if config.spec_type == "ngram+gemma4-assistant":
+        drafter = NgramFirst(NgramDrafter(), drafter)
+        n_max = _first(
+            config.draft_n, config.draft_n_max, max(assistant.n_draft_default, NGRAM_DRAFTS)
+        )
+
+    def load(other: Path, progress: Loading) -> Gemma4Assistant:
+        kept = replace(config, cache_dir=None)  # weights of an hour
+        return load_assistant(target, other, kept, progress).model
+
+    renewal = Renewal(load, base.exchange)
+    return Pairing(drafter, f"{drafter.name}: {reason}", path, n_max, renewal)
+
+
+def load_assistant(
+    target: Target, path: Path, config: EngineConfig, loading: Loading | None = None
+) -> Gemma4AssistantDrafter:
+    """The drafter in a directory, alone.
+
+    Raises:
+        ModelError: it is damaged, or another target's.
+    """
     raw, assistant = read_config(path), read_assistant_config(path)
     own = target.config
-    assert isinstance(own, Gemma4Config)
+    if not isinstance(own, Gemma4Config):
+        raise PairingError(f"an assistant is for a Gemma 4 target, and {target.path} is none")
     gemma4_assistant.check_pair(own, assistant)
     weights, _, bits = open_weights(
         Checkpoint.open(path),
@@ -166,14 +208,7 @@ def _load_assistant(
     kv_layers: dict[str, int] = {
         kind: own.last_owner(kind) for kind in dict.fromkeys(assistant.text.layer_types)
     }
-    drafter: Drafter = Gemma4AssistantDrafter(model, kv_layers, sample_drafts=config.sample_drafts)
-    n_max = _first(config.draft_n, config.draft_n_max, assistant.n_draft_default)
-    if config.spec_type == "ngram+gemma4-assistant":
-        drafter = NgramFirst(NgramDrafter(), drafter)
-        n_max = _first(
-            config.draft_n, config.draft_n_max, max(assistant.n_draft_default, NGRAM_DRAFTS)
-        )
-    return Pairing(drafter, f"{drafter.name}: {reason}", path, n_max)
+    return Gemma4AssistantDrafter(model, kv_layers, sample_drafts=config.sample_drafts)
 
 
 def _first(*numbers: int | None) -> int:

@@ -1,5 +1,8 @@
 """What a step costs, from measurements: passes by rows, draft rounds by sequences and depth.
 
+A pass costs what its rows cost one sequence, and the same for each further sequence, whose keys and
+values are read. Matrix products take rows in tiles, so a few rows more can cost less.
+
 Costs are kept in the machine's usual speed. Every pass of a known size says how fast the machine is
 just now, and the median of the passes around it is divided out before sizes learn from it. So a
 disturbance, or a machine that slows down for a while, changes no choice. No tensors, no clocks.
@@ -8,6 +11,7 @@ disturbance, or a machine that slows down for a while, changes no choice. No ten
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import log2
 from statistics import median
 
@@ -16,9 +20,12 @@ OCTAVE_PARTS = 2  # sizes are corrected together, by so many factors for each do
 LOOK_EVERY = 3  # steps: to learn from each would cost more than it brings
 CHANGED = 2.0  # a machine so many times faster or slower than usual: the costs are others
 OUTLIER = 2.0  # a measurement counts as at most so many times what was expected
+MOST_OTHERS = 0.4  # of a pass, for all sequences but one
+KNOWN = 10.0  # passes that costs measured at the start count as
 FADE = 0.95  # a looked-at step without drafts
 SPEED_STEPS = 11
 ENOUGH_OTHERS = 3  # passes of other sizes say best how fast the machine is
+TOOTH = 1.3  # fewer rows may cost so many times what more rows do: a tile that is not full
 GUESSED_SLOPE = 0.05  # of a first pass, for each further row, until two sizes are known
 
 
@@ -58,11 +65,12 @@ class RowCosts:
             self._line(n_rows, above)
 
     def straighten(self) -> None:
-        """Fewer rows cost no more than many: what says otherwise was disturbed."""
+        """Fewer rows cost hardly more than many: what says otherwise was disturbed."""
         lowest = float("inf")
         for size in reversed(self.sizes):
             lowest = min(lowest, self._at[size])
-            self.set(size, lowest)
+            if self._at[size] > TOOTH * lowest:
+                self.set(size, lowest)
 
     def _line(self, low: int, high: int) -> None:
         step = (self._at[high] - self._at[low]) / (high - low)
@@ -123,6 +131,14 @@ class DraftCosts:
         return max(0.0, depths[a] + step * (depth - a))
 
 
+@dataclass(slots=True)
+class _Learned:
+    """Of passes of batches of about one size: factors by octave of rows, and steps behind each."""
+
+    factors: list[float]
+    n_seen: list[float]
+
+
 class StepModel:
     """Expected seconds of a step, learned while running."""
 
@@ -133,13 +149,15 @@ class StepModel:
         self._n_rounds = 0
         self._round_extra_s = ByBatch(0.0)
         self._rests = ByBatch(0.0)
-        self._steps: deque[tuple[int, float, float]] = deque(maxlen=SPEED_STEPS)
+        self._drafted_rests = ByBatch(0.0)
+        self._sequence_s = 0.0
+        self._context, self._context_share = 1, 1.0
+        self._steps: deque[tuple[int, int, float, float]] = deque(maxlen=SPEED_STEPS)
         self._speed = 1.0
         self._n_passes = 0
         self._measured = False
-        self._pass_s: list[float] = []
-        self._factors: list[float] = []
-        self._n_seen: list[float] = []
+        self._pass_s: dict[int, list[float]] = {}  # by size of batch, so that what is
+        self._learned: dict[int, _Learned] = {}  # wrong of one says nothing of the others
 
     @property
     def known(self) -> bool:
@@ -154,7 +172,8 @@ class StepModel:
     def at(self, n_sequences: int, n_rows: int, n_drafting: int = 0, depth: int = 0) -> float:
         """Seconds of a step at the usual speed; `n_drafting` sequences are in the draft round."""
         draft_s = self.draft_s(n_drafting, depth) if depth else 0.0
-        return self.pass_s(n_rows) + draft_s + self.rest_s(n_sequences)
+        rest_s = self.rest_s(n_sequences, drafted=n_rows > n_sequences)
+        return self.pass_s(n_rows, n_sequences) + draft_s + rest_s
 
     def draft_s(self, n_drafting: int, depth: int) -> float:
         """Of a draft round."""
@@ -165,59 +184,80 @@ class StepModel:
             self._draft_s[n_drafting, depth] = found
         return found
 
-    def rest_s(self, n_sequences: int) -> float:
-        """Of what follows a pass."""
+    def rest_s(self, n_sequences: int, *, drafted: bool = False) -> float:
+        """Of what follows a pass: it takes longer where more tokens come of it."""
+        if drafted and n_sequences in self._drafted_rests:
+            return self._drafted_rests.at(n_sequences)
         return self._rests.at(n_sequences)
 
-    def pass_s(self, n_rows: int) -> float:
+    def pass_s(self, n_rows: int, n_sequences: int = 1) -> float:
         """Of a pass: what was measured first, times what was learned about sizes like it."""
-        while n_rows >= len(self._pass_s):
-            self._pass_s.append(self._corrected(len(self._pass_s)))
-        return self._pass_s[n_rows]
+        band = n_sequences.bit_length()
+        known = self._pass_s.get(band)
+        if known is None:
+            known = self._pass_s[band] = []
+        while n_rows >= len(known):
+            known.append(self._corrected(len(known), band))
+        return known[n_rows] + self._others_s(n_sequences)
 
-    def _corrected(self, n_rows: int) -> float:
-        i, share = self._place(n_rows)
-        factor = (1 - share) * self._factors[i] + share * self._factors[i + 1]
+    def _others_s(self, n_sequences: int) -> float:
+        return (n_sequences - 1) * self._sequence_s * self._context_share
+
+    def read_back(self, n_tokens: float) -> None:
+        """Sequences have so many tokens on average: fewer than measured with cost less."""
+        self._context_share = min(1.0, n_tokens / self._context)
+
+    def _corrected(self, n_rows: int, band: int) -> float:
+        learned, i, share = self._place(n_rows, band)
+        factor = (1 - share) * learned.factors[i] + share * learned.factors[i + 1]
         return self.passes.at(n_rows) * factor
 
-    def _place(self, n_rows: int) -> tuple[int, float]:
+    def _place(self, n_rows: int, band: int) -> tuple["_Learned", int, float]:
         """The factors on both sides of a size: the first one's index, the share of the second."""
         at = OCTAVE_PARTS * log2(max(1, n_rows))
-        while len(self._factors) < at + 2:
-            self._factors.append(1.0)
-            self._n_seen.append(0.0)
-        return int(at), at - int(at)
+        learned = self._learned.setdefault(band, _Learned([], []))
+        while len(learned.factors) < at + 2:
+            learned.factors.append(1.0)
+            learned.n_seen.append(KNOWN if self._measured else 0.0)
+        return learned, int(at), at - int(at)
 
-    def observe_pass(self, n_rows: int, seconds: float) -> None:
+    def observe_pass(self, n_rows: int, seconds: float, n_sequences: int = 1) -> None:
         """A pass of so many rows took so long."""
+        others_s, band = self._others_s(n_sequences), n_sequences.bit_length()
         if n_rows not in self.passes and not self._measured:
             self.passes.set(n_rows, seconds / self._speed)
-            self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows))
+            self.passes.set(n_rows, seconds**2 / self._speed**2 / self._corrected(n_rows, band))
             self._pass_s.clear()
             return
         self._n_passes += 1
         if self._n_passes % LOOK_EVERY:
             return
-        self._steps.append((n_rows, seconds, seconds / self.pass_s(n_rows)))
-        self._speed = median(ratio for _, _, ratio in self._steps)
+        expected_s = self.pass_s(n_rows, n_sequences)
+        self._steps.append((n_rows, n_sequences, seconds, seconds / expected_s))
+        self._speed = median(ratio for *_, ratio in self._steps)
         if len(self._steps) < SPEED_STEPS:
             return
-        n_rows, seconds, _ = self._steps[SPEED_STEPS // 2]  # both sides of the middle are known
-        others = [ratio for size, _, ratio in self._steps if size != n_rows]
+        # Both sides of the middle are known.
+        n_rows, n_sequences, seconds, _ = self._steps[SPEED_STEPS // 2]
+        others = [ratio for size, _, _, ratio in self._steps if size != n_rows]
         speed = median(others) if len(others) >= ENOUGH_OTHERS else self._speed
         if not 1 / CHANGED < self._speed < CHANGED:
             # Or the sizes of late were measured wrongly: each is believed anew when it comes.
-            self._n_seen = [0.0] * len(self._n_seen)
+            for learned in self._learned.values():
+                learned.n_seen = [0.0] * len(learned.n_seen)
             self._round_extra_s.doubt()
-        self._learn(n_rows, seconds / speed / self.pass_s(n_rows))
+        others_s = self._others_s(n_sequences)
+        own_s = self.pass_s(n_rows, n_sequences) - others_s
+        ratio = max(0.0, seconds / speed - others_s) / own_s
+        self._learn(n_rows, n_sequences.bit_length(), ratio)
 
-    def _learn(self, n_rows: int, ratio: float) -> None:
-        i, share = self._place(n_rows)
+    def _learn(self, n_rows: int, band: int, ratio: float) -> None:
+        learned, i, share = self._place(n_rows, band)
         for at, weight in ((i, 1 - share), (i + 1, share)):
-            self._n_seen[at] += weight
-            step = weight * max(LEARN, 1 / (self._n_seen[at] + 1))
-            self._factors[at] *= _towards(1.0, ratio, step)
-        self._pass_s.clear()
+            learned.n_seen[at] += weight
+            step = weight * max(LEARN, 1 / (learned.n_seen[at] + 1))
+            learned.factors[at] *= _towards(1.0, ratio, step)
+        self._pass_s.pop(band, None)
 
     def measured(self, passes: Mapping[int, float]) -> None:
         """Seconds of passes by rows, all measured at one time; what others cost is between them.
@@ -232,6 +272,31 @@ class StepModel:
         self._measured = len(passes) > 1
         self._pass_s.clear()
 
+    def measured_batches(self, passes: Mapping[tuple[int, int], float], context: int) -> None:
+        """Seconds of passes by sequences of so many tokens and rows, all measured at one time.
+
+        What a further sequence costs is seen where as many rows are of fewer and of more sequences.
+        """
+        by_rows: dict[int, dict[int, float]] = {}
+        for (n_sequences, n_rows), seconds in passes.items():
+            by_rows.setdefault(n_rows, {})[n_sequences] = seconds
+        slopes = [
+            (of[max(of)] - of[min(of)]) / (max(of) - min(of))
+            for of in by_rows.values()
+            if len(of) > 1
+        ]
+        # Most of a pass is its rows': what says otherwise was disturbed.
+        most_s = min(
+            (MOST_OTHERS * s / (n - 1) for (n, _), s in passes.items() if n > 1), default=0
+        )
+        sequence_s = min(max(0.0, median(slopes)), most_s) if slopes else 0.0
+        own = {
+            n_rows: min(s - (n - 1) * sequence_s for n, s in of.items())
+            for n_rows, of in by_rows.items()
+        }
+        self.measured(own)
+        self._sequence_s, self._context = sequence_s, max(1, context)
+
     def whole_step(self, n_drafts: int, draft_s: float, other_s: float) -> None:
         """A step of one sequence takes so long, its draft round apart; nothing follows its pass."""
         self.passes.set(1 + n_drafts, other_s)
@@ -242,10 +307,11 @@ class StepModel:
         self._draft_s.clear()
 
     def _forget(self) -> None:
-        self._speed, self._factors, self._n_seen = 1.0, [], []
+        self._speed, self._learned = 1.0, {}
         self._steps.clear()
         self._draft_s.clear()
         self._round_extra_s, self._rests = ByBatch(0.0), ByBatch(0.0)
+        self._drafted_rests, self._sequence_s = ByBatch(0.0), 0.0
 
     def observe_round(self, n_drafting: int, depth: int, seconds: float) -> None:
         """A draft round took so long.
@@ -272,10 +338,11 @@ class StepModel:
         self._round_extra_s.fade(n_sequences)
         self._draft_s.clear()
 
-    def observe_rest(self, n_sequences: int, seconds: float) -> None:
+    def observe_rest(self, n_sequences: int, seconds: float, *, drafted: bool = False) -> None:
         """What followed a pass took so long."""
-        usual, own_s = self._rests.at(n_sequences), seconds / self._speed
-        self._rests.observe(n_sequences, min(own_s, OUTLIER * usual) if usual else own_s)
+        rests = self._drafted_rests if drafted else self._rests
+        usual, own_s = self.rest_s(n_sequences, drafted=drafted), seconds / self._speed
+        rests.observe(n_sequences, min(own_s, OUTLIER * usual) if usual else own_s)
 
 
 class ByBatch:
@@ -285,6 +352,9 @@ class ByBatch:
         self.unknown = unknown
         self._mean: dict[int, float] = {}
         self._n_seen: dict[int, int] = {}
+
+    def __contains__(self, n_sequences: int) -> bool:
+        return n_sequences.bit_length() in self._mean
 
     def at(self, n_sequences: int) -> float:
         """Of the nearest size that was seen."""

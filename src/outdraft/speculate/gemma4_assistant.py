@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from outdraft.cache.attend import ReadOnlyAttend, first_visible
@@ -106,6 +107,40 @@ class Gemma4AssistantDrafter:
         flight = self.flight
         if flight is not None and view.sequences[0].id == flight.sequence:
             flight.n = flight.n_before + n_accepted[0] + 1
+
+    def exchange(self, model: Gemma4Assistant) -> Gemma4Assistant:
+        """Draft with another network of the same config from the next round on; the old one."""
+        old, self.model = self.model, model
+        self.recorder = model.ops if isinstance(model.ops, Recordable) else None
+        self.recordings, self.flight = OrderedDict(), None
+        return old
+
+    def replay(
+        self, view: TargetView, newest_A: Sequence[int], hidden_AH: Tensor, k: int
+    ) -> Tensor:
+        """What rounds of a finished sequence would have drafted, most probable tokens [A, k].
+
+        Args:
+            view: one sequence, with all its keys and values in memory.
+            newest_A: in each round, the position of the token that was the newest then.
+            hidden_AH: the target's states of the tokens before those.
+        """
+        (sequence,) = view.sequences
+        at_A = np.asarray(newest_A, np.int32)
+        token_A = np.asarray(sequence.tokens, np.int32)[at_A]
+        slots = view.memory.tables.slots([sequence.id]) * len(at_A)
+        call = self._call(view.memory, self._rows(view.memory, token_A, at_A, slots))
+        multiple = self.model.ops.row_multiple
+        position_T = pad_rows(call.position_B, multiple)
+        carried_TH, newest_B = pad_rows(hidden_AH, multiple), call.token_B
+        best: list[Tensor] = []
+        for _ in range(k):
+            embedded_TH = view.embed(pad_rows(newest_B, multiple))
+            normed_Th = self.model.step(embedded_TH, carried_TH, position_T, call.attend)
+            carried_TH = self.model.carry(normed_Th)
+            newest_B = self.model.best(normed_Th)[0][: len(at_A)].clone()
+            best.append(newest_B)
+        return torch.stack(best, dim=1).long()
 
     def propose(self, view: TargetView, k: int) -> Draft:
         """See `Drafter.propose`."""
@@ -259,11 +294,17 @@ class Gemma4AssistantDrafter:
 
         In a sliding group it sees the last `window` of them. `n_more`: tokens that are to come.
         """
-        rows = np.empty((4 + len(self.kv_layers), len(sequences)), np.int32)
+        token = [sequence.tokens[-1] for sequence in sequences]
+        position = [sequence.n - 1 + n_more for sequence in sequences]
+        slots = memory.tables.slots([sequence.id for sequence in sequences])
+        return self._rows(memory, token, position, slots)
+
+    def _rows(
+        self, memory: Memory, token: ArrayLike, position: ArrayLike, slots: list[int]
+    ) -> Tensor:
+        rows = np.empty((4 + len(self.kv_layers), len(slots)), np.int32)
         token_B, position_B, sequence_B, hi_B = rows[:4]
-        token_B[:] = [sequence.tokens[-1] for sequence in sequences]
-        position_B[:] = [sequence.n - 1 + n_more for sequence in sequences]
-        sequence_B[:] = memory.tables.slots([sequence.id for sequence in sequences])
+        token_B[:], position_B[:], sequence_B[:] = token, position, slots
         np.subtract(position_B, 1, out=hi_B)
         for i, kind in enumerate(self.kv_layers):
             rows[4 + i] = first_visible(hi_B, memory.groups[kind].window)

@@ -255,7 +255,7 @@ class MtpDrafter:
         if self.vocab is None:
             return scores
         logits_BN, best_B, sure_B = scores
-        best_B = self.vocab.ids_N[best_B.long()].int()
+        best_B = self.vocab.ids_N[best_B.to(self.vocab.ids_N.device).long()].int()
         return self.vocab.whole(logits_BN) if drawn else logits_BN, best_B, sure_B
 
     def _logits(self, done_BK: Tensor) -> Tensor:
@@ -369,6 +369,7 @@ def load_head(
         max_rows=CATCH_UP + n_draft_max,
         dtype=ops.kv_dtype,
         pool_tokens=config.kv_cache_tokens or min(4, config.max_sequences) * target.ctx_size,
+        device=ops.device,
         prefix_cache=config.prefix_cache,
     )
     return MtpDrafter(

@@ -12,9 +12,12 @@ STEPS = 4  # of a trial, behind one that is not counted
 FIRST_WAIT = 6  # steps before the first trials
 MOST_WAIT = 512
 WAIT_GROWTH = 2.0
+FAR = 1.25  # where drafting promises so many times plain decoding,
+FAR_WAIT = 8  # the first trials come so many times later
 WORSE = 0.85  # a way that is so much worse is tried less often, and not to the end
 KEPT = 5  # trials that are looked at
 ENOUGH = 3
+PROMISED = 2  # as many count as if they had shown what was promised
 BETTER = 1.02  # what the other way must gain in the median of the trials
 
 
@@ -36,12 +39,13 @@ class Trial:
 
     plain: bool = False
     _wait: float = FIRST_WAIT
-    _left: int = FIRST_WAIT
+    _left: float = FIRST_WAIT
     _trying: bool = False
     _skip: bool = False
     _before: list[tuple[int, float]] = field(default_factory=list)
     _now: _Window = field(default_factory=_Window)
     _gains: list[float] = field(default_factory=list)
+    _promise: float = 1.0
 
     @property
     def trying(self) -> bool:
@@ -53,19 +57,21 @@ class Trial:
         """Whether the next step has no drafts."""
         return self.plain != self._trying
 
-    def observe(self, tokens: int, seconds: float, *, alike: bool) -> None:
+    def observe(self, tokens: int, seconds: float, *, alike: bool, promise: float = 1.0) -> None:
         """A step that was timed.
 
         Args:
             alike: the lengths that would have been chosen are all 0, so there is nothing to try.
+            promise: what drafting should be, of plain decoding.
         """
+        self._promise = promise
         if self._trying:
             self._tried(tokens, seconds)
             return
         self._before = [*self._before[1 - STEPS :], (tokens, seconds)]
         if alike and not self.plain:
             return
-        self._left -= 1
+        self._left -= 1 / FAR_WAIT if promise > FAR and not self.plain else 1
         if self._left <= 0 and len(self._before) == STEPS:
             self._trying, self._skip, self._now = True, True, _Window()
 
@@ -88,7 +94,9 @@ class Trial:
     def _decide(self) -> None:
         if len(self._gains) < ENOUGH and self._gains and self._gains[-1] < WORSE:
             self._wait *= WAIT_GROWTH**2
-        middle = sorted(self._gains)[len(self._gains) // 2] if self._gains else 0.0
+        promised = self._promise if self.plain else 1 / self._promise
+        gains = sorted([*self._gains, *[promised] * PROMISED])
+        middle = gains[len(gains) // 2]
         if len(self._gains) >= ENOUGH:
             if middle > BETTER:
                 self.plain = not self.plain
@@ -96,7 +104,7 @@ class Trial:
                 self._wait = FIRST_WAIT
             growth = WAIT_GROWTH**2 if middle < WORSE or middle > 1 / WORSE else WAIT_GROWTH
             self._wait = min(MOST_WAIT, self._wait * growth)
-        self._left = int(self._wait)
+        self._left = self._wait
 
 
 class Trials:

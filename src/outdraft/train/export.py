@@ -61,11 +61,17 @@ def export_model(
             (unfinished / path.name).write_bytes(path.read_bytes())
 
 
-def export_like(directory: Path, source: Path, weights: Mapping[str, Tensor]) -> None:
+def export_like(
+    directory: Path,
+    source: Path,
+    weights: Mapping[str, Tensor],
+    copied: Collection[str] = _COPIED,
+) -> None:
     """Write new weights of the model in `source`, in bf16, with copies of its other files.
 
     Args:
         weights: by canonical name, all that the model has.
+        copied: which files, where they are there.
 
     Raises:
         TrainingError: the directory is there already, or cannot be written.
@@ -73,7 +79,7 @@ def export_like(directory: Path, source: Path, weights: Mapping[str, Tensor]) ->
     config = read_config(source)
     config.pop("quantization_config", None)
     config["dtype"] = "bfloat16"
-    _export(directory, source, config, weights, _COPIED)
+    _export(directory, source, config, weights, copied)
 
 
 def export_new(

@@ -122,7 +122,8 @@ class FusedOps:
             pairs, weights_TA, dense_TK, residual_TK, *weights,
             y if next_weight is None else next_weight, y, normed, k, eps, scale,
             A=ids_TA.shape[1], HAS_NEXT=next_weight is not None,
-            BLOCK=triton.next_power_of_2(k), num_warps=WIDE_WARPS if k > 2048 else 4, **self._launch,
+            BLOCK=triton.next_power_of_2(k), num_warps=WIDE_WARPS if k > 2048 else 4,
+            **self._launch,
         )  # fmt: skip
         return y, normed
 

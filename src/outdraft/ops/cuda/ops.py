@@ -26,9 +26,9 @@ from outdraft.ops.base import (
 from outdraft.ops.cuda import kernels, linears, norms
 from outdraft.ops.cuda.attention import attend
 from outdraft.ops.cuda.cuts import Cut, cut_of
+from outdraft.ops.cuda.delta import DeltaOps, NoStateSpace
 from outdraft.ops.cuda.fused import FusedOps, launch_norm
 from outdraft.ops.cuda.graph import GraphProgram
-from outdraft.ops.cuda.delta import DeltaOps, NoStateSpace
 from outdraft.ops.cuda.product import Gate, launch
 from outdraft.ops.cuda.weights import CudaWeight, pack
 from outdraft.ops.packed import Format

@@ -51,7 +51,7 @@ def conv_kernel(x, w, bias, state, sequence, read, write, out, n_rows, x_stride,
         mask = c < C
         n = rows_of(sequence, t, n_rows, MOST)
         source = tl.load(read + t).to(tl.int64)
-        there = mask & (source >= 0)
+        there = c < tl.where(source >= 0, C, 0)
         before = state + tl.maximum(source, 0) * (W - 1) * C + c
         x0 = tl.load(before, mask=there, other=0.0)
         x1 = tl.load(before + C, mask=there, other=0.0)
@@ -65,13 +65,13 @@ def conv_kernel(x, w, bias, state, sequence, read, write, out, n_rows, x_stride,
             b = tl.load(bias + c, mask=mask, other=0.0)
         for i in range(ROWS if ROWS > 0 else n):
             row = tl.minimum(t + i, n_rows - 1).to(tl.int64)
-            own = mask & (i < n)
+            own = c < tl.where(i < n, C, 0)
             x3 = tl.load(x + row * x_stride + c, mask=own, other=0.0).to(tl.float32)
             y = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + b
             tl.store(out + row * C + c, y / (1.0 + tl.exp(-y)), mask=own)
             x0, x1, x2 = x1, x2, x3
             target = tl.load(write + row).to(tl.int64)
-            kept = own & (target >= 0)
+            kept = c < tl.where((i < n) & (target >= 0), C, 0)
             after = state + tl.maximum(target, 0) * (W - 1) * C + c
             tl.store(after, x0, mask=kept)
             tl.store(after + C, x1, mask=kept)
@@ -100,23 +100,23 @@ def delta_kernel(qkv, a, b, decay, bias, state, sequence, read, write, out, n_ro
         rate, shift = tl.load(decay + h), tl.load(bias + h)
         for i in range(ROWS if ROWS > 0 else n):
             row = tl.minimum(t + i, n_rows - 1).to(tl.int64)
-            there = i < n
             own = qkv + row * c_stride
             q_K = tl.load(own + head * K + k)
             k_K = tl.load(own + (HK + head) * K + k)
             v_V = tl.load(own + 2 * HK * K + h * V + v)
             q_K = q_K * (1.0 / tl.sqrt(tl.sum(q_K * q_K, 0) + 1e-6)) * scale
             k_K = k_K * (1.0 / tl.sqrt(tl.sum(k_K * k_K, 0) + 1e-6))
-            kept = tl.exp(rate * softplus(tl.load(a + row * a_stride + h) + shift))
+            decayed = tl.exp(rate * softplus(tl.load(a + row * a_stride + h) + shift))
             beta = 1.0 / (1.0 + tl.exp(-tl.load(b + row * b_stride + h)))
-            s = s * kept
+            s = s * decayed
             change = (v_V - tl.sum(s * k_K[:, None], 0)) * beta
             s += k_K[:, None] * change[None, :]
             y = tl.sum(s * q_K[:, None], 0)
-            tl.store(out + (row * H + h) * V + v, y, mask=(v < V) & there)
+            tl.store(out + (row * H + h) * V + v, y, mask=v < tl.where(i < n, V, 0))
             target = tl.load(write + row).to(tl.int64)
             where = state + tl.maximum(target, 0) * size + at
-            tl.store(where, s, mask=((target >= 0) & there) & (k[:, None] < K))
+            kept = tl.where((i < n) & (target >= 0), K, 0)
+            tl.store(where, s, mask=k[:, None] < kept)
 
 
 @triton.jit
