@@ -43,6 +43,8 @@ class EngineConfig:
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
             measured costs and acceptance.
+        draft_p_min: leave out a draft, and those behind it, that the drafter itself gives a smaller
+            probability; 0 leaves that to the chosen lengths. Drawn drafts are never left out so.
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token. Requests with a seed take the most probable one where
             the length is chosen, so that measured times do not change their text.
@@ -87,6 +89,7 @@ class EngineConfig:
     adapter: str | None = None
     draft_n_max: int | None = None
     draft_n: int | None = None
+    draft_p_min: float = 0.0
     sample_drafts: bool = True
     draft_vocab: int | None = None
     draft_vocab_text: str | None = None
@@ -135,6 +138,8 @@ class EngineConfig:
             number = getattr(self, name)
             if number is not None and not low <= number <= high:
                 raise OutdraftError(f"{name} is {number}", f"use {low} to {high}")
+        if not 0 <= self.draft_p_min <= 1:
+            raise OutdraftError(f"draft_p_min is {self.draft_p_min}", "use 0 to 1")
         if None not in (self.draft_n, self.draft_n_max) and self.draft_n != self.draft_n_max:
             raise OutdraftError(
                 f"draft_n is {self.draft_n} and draft_n_max is {self.draft_n_max}",
