@@ -95,8 +95,13 @@ static void prepare_or_tiles(const PrepareArgs& a, const Worker& worker) {
   for (int64_t block = mine.begin; block < mine.end; ++block)
     prepare_block(a, block, out + block * TiledRows(a.k, a.group).block_bytes);
   if (worker.index + 1 == worker.count)
-    for (int64_t row = blocks * kTileBlock; row < a.rows; ++row)
-      prepare_groups(a, row, a.out + row * plain.stride);
+    for (int64_t row = blocks * kTileBlock; row < a.rows; ++row) {
+      uint8_t* last = a.out + row * plain.stride;
+      if (a.x.dtype == DType::f32)
+        prepare_groups<DType::f32>(a, row, last);
+      else
+        prepare_groups<DType::bf16>(a, row, last);
+    }
 }
 
 }  // namespace outdraft::OUTDRAFT_ISA

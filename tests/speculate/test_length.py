@@ -51,6 +51,11 @@ def test_within_three_percent_of_the_best_fixed_length(rate: float) -> None:
     assert mean_rate >= 0.97 * max(fixed_rate(rate, k) for k in range(7))
 
 
+def test_the_first_choice_believes_what_drafts_usually_come_to() -> None:
+    """No step is spent on finding out that a drafter is there."""
+    assert lengths(started(), ["a"])[0] >= 2
+
+
 def test_a_useless_drafter_is_switched_off_and_tried_rarely() -> None:
     chosen = run(started(), 0.0, 2000)[2]
     assert sum(k > 0 for k in chosen[40:]) <= 0.1 * len(chosen)

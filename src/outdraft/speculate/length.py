@@ -380,7 +380,8 @@ class LengthController:
 
     def _shared_of(self, source: str) -> Acceptance:
         if source not in self._shared:
-            self._shared[source] = Acceptance.empty(self.n_draft_max)
+            shared = self._shared[source] = Acceptance.empty(self.n_draft_max)
+            shared.version = 0  # own ones begin before it: their gains are not known yet
         return self._shared[source]
 
     def _of(self, sequence: str, source: str) -> Acceptance:
