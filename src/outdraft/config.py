@@ -1,6 +1,8 @@
 """Every knob a user has over the engine, resolved once. Nothing below reads the environment."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from outdraft.errors import OutdraftError
@@ -41,6 +43,8 @@ class EngineConfig:
         draft_n_max: most tokens drafted at once; None takes the drafter's published default.
         draft_n: draft this many every time; None chooses from 0 to `draft_n_max` each step, by
             measured costs and acceptance.
+        draft_p_min: leave out a draft, and those behind it, that the drafter itself gives a smaller
+            probability; 0 leaves that to the chosen lengths. Drawn drafts are never left out so.
         sample_drafts: at temperature > 0, draw drafts from the drafter's distribution instead of
             taking its most probable token. Requests with a seed take the most probable one where
             the length is chosen, so that measured times do not change their text.
@@ -85,6 +89,7 @@ class EngineConfig:
     adapter: str | None = None
     draft_n_max: int | None = None
     draft_n: int | None = None
+    draft_p_min: float = 0.0
     sample_drafts: bool = True
     draft_vocab: int | None = None
     draft_vocab_text: str | None = None
@@ -133,6 +138,8 @@ class EngineConfig:
             number = getattr(self, name)
             if number is not None and not low <= number <= high:
                 raise OutdraftError(f"{name} is {number}", f"use {low} to {high}")
+        if not 0 <= self.draft_p_min <= 1:
+            raise OutdraftError(f"draft_p_min is {self.draft_p_min}", "use 0 to 1")
         if None not in (self.draft_n, self.draft_n_max) and self.draft_n != self.draft_n_max:
             raise OutdraftError(
                 f"draft_n is {self.draft_n} and draft_n_max is {self.draft_n_max}",
@@ -145,3 +152,15 @@ class EngineConfig:
             )
         if self.learn_dir is not None and not self.learn:
             raise OutdraftError("learn_dir is given and learn is off", "switch learn on, too")
+
+
+def hub_cache() -> Path:
+    """Where Hugging Face's tools keep what they download: the same variables, in their order.
+
+    $HF_HUB_CACHE, $HF_HOME/hub, $XDG_CACHE_HOME/huggingface/hub, ~/.cache/huggingface/hub.
+    """
+    for name, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser() / below
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "huggingface" / "hub"

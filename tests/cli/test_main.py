@@ -27,7 +27,10 @@ print(verbs, [m for m in {heavy} if m in sys.modules])
 def test_help_loads_no_verb_and_no_verbs_help_loads_anything_heavy() -> None:
     code = LISTING.format(heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['outdraft.cli.console', 'outdraft.cli.main'] []\n"
+    assert (
+        done.stdout
+        == "['outdraft.cli.console', 'outdraft.cli.hub_option', 'outdraft.cli.main'] []\n"
+    )
 
 
 def test_help_takes_less_than_half_a_second() -> None:

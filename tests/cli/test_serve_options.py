@@ -27,6 +27,12 @@ def test_the_drafter_by_any_of_its_names(monkeypatch: pytest.MonkeyPatch, name: 
     assert served(monkeypatch, name, "some/drafter").assistant == "some/drafter"
 
 
+def test_the_least_confidence_by_llama_cpps_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served(monkeypatch, "--spec-draft-p-min", "0.75").draft_p_min == 0.75
+    with pytest.raises(OutdraftError, match=r"draft_p_min is 1\.5"):
+        EngineConfig(draft_p_min=1.5)
+
+
 def test_the_device_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served(monkeypatch, "--device", "cpu").device == "cpu"
 

@@ -67,7 +67,7 @@ def test_keys_and_values_take_what_a_gpu_has_left(
     }
     made: dict[str, Any] = {}
     monkeypatch.setattr(fit, "Memory", lambda layers, **options: made.update(options))
-    spare = fit.SPARE_BYTES + fit.pass_bytes(on_card, config.prefill_chunk)
+    spare = fit.SPARE_BYTES + fit.pass_bytes(on_card.config, config.prefill_chunk)
     sizes = {n: memory_bytes(layers, pool_tokens=n, **same) for n in (512, 1024, 2048, 4096)}
     for n, n_bytes in sizes.items():
         monkeypatch.setattr(fit, "free_bytes", lambda _, room=n_bytes: (spare + room, 80 * 10**9))

@@ -62,6 +62,22 @@ def test_echo_with_logprobs_tells_those_of_the_prompt(live: Live) -> None:
     assert [choice["text"][a:b] for _, a, b in at] == ["", *told["tokens"][1:]]  # <bos> has no text
 
 
+def test_streamed_echo_tells_what_the_whole_answer_does(live: Live) -> None:
+    asked = {"prompt": PROMPTS[:2], "max_tokens": 6, "seed": 7, "echo": True, "logprobs": 2, "n": 2}
+    whole = live.post("/v1/completions", asked).json()
+    streamed = live.post("/v1/completions", {**asked, "stream": True}).text
+    lines = [line[6:] for line in streamed.split("\n\n") if line.startswith("data: {")]
+    chunks = [c for line in lines for c in json.loads(line)["choices"]]
+    assert len(whole["choices"]) == 4
+    for choice in whole["choices"]:
+        own = [c for c in chunks if c["index"] == choice["index"]]
+        assert own[0]["text"] == PROMPTS[choice["index"] // 2]  # the prompt comes first, by itself
+        assert own[0]["logprobs"]["token_logprobs"][0] is None
+        assert "".join(c["text"] for c in own) == choice["text"]
+        for name, told in choice["logprobs"].items():
+            assert [x for c in own for x in c["logprobs"][name]] == told
+
+
 def test_streamed_text_is_the_whole_text(live: Live) -> None:
     asked = {"prompt": PROMPTS, "max_tokens": 30, "temperature": 0}
     whole = live.post("/v1/completions", asked).json()

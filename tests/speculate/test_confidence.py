@@ -5,8 +5,13 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
+from outdraft.config import EngineConfig
+from outdraft.engine.engine import LLM
+from outdraft.request import SamplingParams
 from outdraft.speculate.confidence import Confidence, worth_verifying
+from outdraft.speculate.drafter import Draft, confident
 from outdraft.speculate.length import LengthController
 
 
@@ -79,3 +84,31 @@ def test_acceptance_by_position_is_that_of_all_drafts_though_some_are_left_out()
         controller.observe_block("a", "model", n_verified, n_accepted, sure)
     shared = controller._shared_of("model")
     assert shared.rate(0, 0.6) == pytest.approx(0.575, abs=0.1)
+
+
+def test_drafts_below_a_confidence_are_left_out_with_those_behind_them() -> None:
+    sure = torch.tensor([[0.9, 0.4, 0.9], [0.9, 0.9, 0.1], [torch.nan] * 3, [0.1, 0.1, 0.1]])
+    drawn = torch.full((3, 5), 0.2)
+    draft = Draft(torch.zeros(4, 3, dtype=torch.int64), [None, None, None, drawn], [3] * 4, sure)
+    assert confident(draft, [3, 3, 3, 3], 0.5) == [1, 2, 3, 3]  # unknown and drawn ones stay
+    assert confident(draft, [3, 2, 1, 0], 0.5) == [1, 2, 1, 0]
+    assert confident(draft, [3, 3, 3, 3], 0.0) == [3] * 4
+    draft = Draft(draft.tokens_BK, [None] * 4, [3] * 4)
+    assert confident(draft, [3, 3, 3, 3], 1.0) == [3] * 4
+
+
+def test_a_least_confidence_changes_no_token_and_leaves_drafts_out() -> None:
+    prompts = ["def add(a, b):\n", "import os\n\nclass Reader:\n", "# the smallest of "]
+    params = SamplingParams(max_tokens=48)
+    plain = [
+        c.tokens for c in LLM("demo", EngineConfig(spec_type="off")).generate_all(prompts, params)
+    ]
+    drafted, kept = [], []
+    for p_min in (0.0, 0.6, 1.0):
+        llm = LLM("demo", EngineConfig(draft_n=4, draft_p_min=p_min))
+        done = llm.generate_all(prompts, params)
+        assert [c.tokens for c in done] == plain
+        drafted.append(sum(c.timings["draft_n"] for c in done))
+        kept.append(sum(c.timings["draft_n_accepted"] for c in done) / max(1, drafted[-1]))
+    assert drafted[0] > drafted[1] > drafted[2]
+    assert kept[1] > kept[0]

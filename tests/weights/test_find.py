@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from outdraft.config import hub_cache
 from outdraft.errors import ModelError
 from outdraft.weights.find import AssistantChoice, find_assistant, resolve_model
 
@@ -68,7 +69,7 @@ def test_nothing_of_that_name(tmp_path: Path) -> None:
 def test_a_cached_id(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither a directory nor in the") as caught:
         resolve_model("org/name", hub_cache=tmp_path)
-    assert caught.value.hint == "download it with: hf download org/name"
+    assert caught.value.hint == "download it with: outdraft pull org/name"
     snapshot = hub_snapshot(tmp_path, "org/name")
     assert resolve_model("org/name", hub_cache=tmp_path) == snapshot
     hub_snapshot(tmp_path, "org/name", "f" * 40, ref=False)
@@ -183,3 +184,33 @@ def test_a_cached_target_finds_its_cached_assistant(tmp_path: Path) -> None:
     assistant = make_assistant(hub_snapshot(tmp_path, "google/gemma-assistant"))
     choice = find_assistant(snapshot)
     assert choice == AssistantChoice(assistant, f"found in the Hugging Face cache: {assistant}")
+
+
+def test_the_cache_is_where_the_hubs_tools_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub_cache() == tmp_path / ".cache" / "huggingface" / "hub"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert hub_cache() == Path("/x/huggingface/hub")
+    monkeypatch.setenv("HF_HOME", "/h")
+    assert hub_cache() == Path("/h/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert hub_cache() == tmp_path
+    snapshot = hub_snapshot(tmp_path, "org/name")
+    assert resolve_model("org/name") == snapshot
+
+
+def test_a_revision_of_an_id(tmp_path: Path) -> None:
+    main = hub_snapshot(tmp_path, "org/name")
+    other = hub_snapshot(tmp_path, "org/name", "f" * 40, ref=False)
+    (other.parents[1] / "refs" / "v2").write_text("f" * 40)
+    assert resolve_model("org/name", hub_cache=tmp_path) == main
+    for name in ("org/name@v2", f"org/name@{'f' * 40}"):
+        assert resolve_model(name, hub_cache=tmp_path) == other
+    with pytest.raises(ModelError, match="neither a directory nor"):
+        resolve_model("org/name@v3", hub_cache=tmp_path)
+    with pytest.raises(ModelError):
+        resolve_model("org/name@../../x", hub_cache=tmp_path)

@@ -50,6 +50,7 @@ def chat(
     spec_type: options.Spec = "auto",
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
+    spec_draft_p_min: options.DraftPMin = 0.0,
     spec_draft_sample: options.DraftSample = True,
     device: options.Card = "auto",
     backend: options.Kernels = "auto",

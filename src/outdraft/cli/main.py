@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from outdraft import __version__
 from outdraft.cli.console import complain
+from outdraft.cli.hub_option import with_hub_option
 from outdraft.errors import OutdraftError
 
 VERBS = {
@@ -30,6 +31,8 @@ VERBS = {
     "bench serve": "Measure tokens per second through `outdraft serve` against the engine alone.",
     "doctor": "Say what this machine computes with, how fast it reads, and whether all is well.",
     "serve": "Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page of its own.",
+    "fit": "Say what fits into this machine's memory, and the command to run it with.",
+    "pull": "Download a model from the Hugging Face Hub.",
     "inspect": "Say what a model directory holds, what fits and what is missing.",
     "verify": "Prove on this machine that drafting, batching and caching change no token.",
     "tune": "Make the drafter fit a target, on the target's own answers.",
@@ -43,7 +46,7 @@ UNFORESEEN, WRONG_USE = 1, 2
 def load_verb(name: str) -> Any:
     """The command of a verb, from the `app` in the file of its name."""
     module = import_module(f"outdraft.cli.{name.replace(' ', '_')}")
-    return typer.main.get_command(module.app)
+    return with_hub_option(typer.main.get_command(module.app))
 
 
 class VerbGroup(TyperGroup):

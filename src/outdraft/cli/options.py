@@ -60,6 +60,13 @@ DraftFixed = Annotated[
         "--spec-draft-n", help="Draft this many every time, instead of as many as pay off."
     ),
 ]
+DraftPMin = Annotated[
+    float,
+    typer.Option(
+        "--spec-draft-p-min",
+        help="Leave out drafts that the drafter gives less than this probability.",
+    ),
+]
 DraftSample = Annotated[
     bool,
     typer.Option(
@@ -167,6 +174,7 @@ METHODS: dict[str | None, SpecType] = {
 ENGINE_NAMES = {
     "spec_draft_n_max": "draft_n_max",
     "spec_draft_n": "draft_n",
+    "spec_draft_p_min": "draft_p_min",
     "spec_draft_sample": "sample_drafts",
     "spec_draft_vocab": "draft_vocab",
     "spec_draft_vocab_text": "draft_vocab_text",

@@ -96,6 +96,7 @@ def serve(
     speculative_config: options.SpecConfig = None,
     spec_draft_n_max: options.DraftMax = None,
     spec_draft_n: options.DraftFixed = None,
+    spec_draft_p_min: options.DraftPMin = 0.0,
     spec_draft_sample: options.DraftSample = True,
     spec_draft_vocab: options.DraftVocab = None,
     spec_draft_vocab_text: options.DraftVocabText = None,

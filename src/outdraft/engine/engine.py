@@ -107,6 +107,7 @@ class LLM:
         max_rows = max(self.config.prefill_chunk, self.pairing.n_draft_max + 1)
         self.memory = build_memory(self.target, self.config, max_rows, self.pairing.n_draft_max)
         self.runner = Runner(self.target, self.pairing.drafter, self.memory)
+        self.runner.p_min = self.config.draft_p_min
         self.scheduler = Scheduler(
             books=self.memory.books,
             max_queue=self.config.max_queue,

@@ -11,6 +11,7 @@ from outdraft.config import EngineConfig
 from outdraft.device import free_bytes
 from outdraft.engine.graphs import MAX_RECORDED_ROWS
 from outdraft.errors import OutdraftError
+from outdraft.models.layers import TargetConfig
 from outdraft.models.registry import Target
 
 SPARE_BYTES = 512 << 20  # kernels, graphs, and what the allocator cannot use
@@ -43,7 +44,7 @@ def build_memory(target: Target, config: EngineConfig, max_rows: int, n_draft_ma
     if device.type == "cpu":
         return Memory(layers, pool_tokens=asked or least, **same)  # type: ignore[arg-type]
     free, total = free_bytes(device)
-    room = free - SPARE_BYTES - pass_bytes(target, config.prefill_chunk)
+    room = free - SPARE_BYTES - pass_bytes(target.config, config.prefill_chunk)
     sizes = [asked] if asked else _halves(config.max_sequences * target.ctx_size, target.ctx_size)
     for tokens in sizes:
         needed = memory_bytes(layers, pool_tokens=tokens, **same)  # type: ignore[arg-type]
@@ -56,9 +57,9 @@ def build_memory(target: Target, config: EngineConfig, max_rows: int, n_draft_ma
     )
 
 
-def pass_bytes(target: Target, n_rows: int) -> int:
+def pass_bytes(config: TargetConfig, n_rows: int) -> int:
     """About what a pass of n rows holds at once: activations, and logits of those recorded."""
-    hidden, vocab = target.config.hidden_size, target.config.vocab_size
+    hidden, vocab = config.hidden_size, config.vocab_size
     return 4 * (n_rows * ACTIVATIONS * hidden + 2 * MAX_RECORDED_ROWS * vocab)
 
 

@@ -47,6 +47,7 @@ from outdraft.speculate.drafter import (
     Scored,
     SequenceView,
     TargetView,
+    confident,
 )
 from outdraft.speculate.verify import Verdict
 
@@ -71,6 +72,7 @@ class Runner:
         self.target_pass = TargetPass(target, memory)
         self.lengths: AutoLengths | None = None
         """Set to let draft lengths be learned; None while they are fixed."""
+        self.p_min = 0.0  # confidence below which a draft and those behind it are left out
         self.hidden: dict[str, Tensor] = {}
         self.faults = Faults()
         self.counters = Counters()
@@ -287,7 +289,8 @@ class Runner:
             ]
         )
         k = max(w.n_drafts for w in work)
-        if isinstance(drafter, LeavesTokens) and drafter.leaves and may_leave(work, sequences):
+        leaves = not self.p_min and may_leave(work, sequences)
+        if leaves and isinstance(drafter, LeavesTokens) and drafter.leaves:
             draft = drafter.leave(view, k)
         else:
             draft = drafter.propose(view, k)
@@ -297,6 +300,8 @@ class Runner:
         lengths = [min(w.n_drafts, n) for w, n in zip(work, draft.lengths, strict=True)]
         if self.lengths is not None and draft.left_K is None:
             lengths = self.lengths.worth_verifying(asking, lengths, draft)
+        if self.p_min:
+            lengths = confident(draft, lengths, self.p_min)
         for b, (w, n) in enumerate(zip(work, lengths, strict=True)):
             probs = draft.probs[b]
             block = Block(tokens[b][:n], None if probs is None else probs[:n])

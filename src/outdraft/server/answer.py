@@ -44,19 +44,38 @@ class AnswerReader:
 
     def __init__(self, split: AnswerSplit) -> None:
         self._split = split
+        self._ends: list[int] = []  # of each token's text, in characters
+        self._n_chars = 0
 
     @property
     def n_calls(self) -> int:
         """Whole calls so far."""
         return self._split.n_calls
 
-    def push(self, text: str) -> list[Part]:
-        """The parts that became certain."""
-        return _parts(self._split.push(text))
+    @property
+    def n_reasoning(self) -> int:
+        """Tokens so far whose text lies in a reasoning block; its markers do not count.
 
-    def finish(self) -> list[Part]:
-        """What was held back, at the end of the completion."""
-        return _parts(self._split.finish())
+        A token without text (part of a character) counts where the next text is.
+        """
+        n, begin, at, blocks = 0, 0, 0, self._split.reasoning_blocks
+        ends = [self._n_chars if last is None else last for _, last in blocks]
+        for end in self._ends:
+            while at < len(blocks) and ends[at] <= begin:
+                at += 1
+            n += at < len(blocks) and max(end, begin + 1) > blocks[at][0]
+            begin = end
+        return n
+
+    def read(self, delta: RawDelta) -> list[Part]:
+        """The parts that became certain, with the last delta all that was held back."""
+        end = self._n_chars
+        for token in delta.tokens:
+            end += len(token.text)
+            self._ends.append(end)
+        self._n_chars += len(delta.text)
+        found = _parts(self._split.push(delta.text))
+        return found if delta.end is None else found + _parts(self._split.finish())
 
 
 def _parts(deltas: Sequence[Delta]) -> list[Part]:
@@ -81,7 +100,4 @@ async def parts_of(
     """The parts of a job with one completion, and the delta that they came with."""
     async for deltas in running:
         for delta in deltas:
-            parts = reader.push(delta.text)
-            if delta.end is not None:
-                parts += reader.finish()
-            yield parts, delta
+            yield reader.read(delta), delta

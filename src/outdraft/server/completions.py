@@ -104,7 +104,8 @@ class CompletionAnswer:
         options = self.asked.stream_options
         wants_usage = options is not None and bool(options.include_usage)
         for number, run in enumerate(self.runs):
-            for index in range(run.job.params.n) if self.asked.echo else ():
+            told = run.job.params.prompt_logprobs is not None  # then the prompt comes with them
+            for index in range(run.job.params.n) if self.asked.echo and not told else ():
                 choice = self._choice(number, index, self._prompt_text(run), None)
                 yield event({**self._head(), "choices": [choice]})
             async for deltas in run:
@@ -123,9 +124,12 @@ class CompletionAnswer:
 
     def _chunk(self, number: int, run: Running, delta: Delta) -> dict[str, Any]:
         reason = self._finish(number, run, delta) if delta.end is not None else None
-        choice = self._choice(number, delta.index, delta.text, reason)
+        text, tokens = delta.text, delta.tokens
+        if delta.prompt_logprobs:
+            text, tokens = self._prompt_text(run), self._prompt_tokens(run, delta)
+        choice = self._choice(number, delta.index, text, reason)
         if self.asked.logprobs is not None:
-            choice["logprobs"] = self._logprobs(choice["index"], delta.tokens)
+            choice["logprobs"] = self._logprobs(choice["index"], tokens)
         chunk = {**self._head(), "choices": [choice]}
         if run.job.detail:
             chunk["outdraft"] = extension_json(delta.tokens, delta.n_drafts)
@@ -144,14 +148,9 @@ class CompletionAnswer:
             async for deltas in run:
                 for delta in deltas:
                     texts[delta.index] += delta.text
-                    tokens[delta.index] += delta.tokens
+                    tokens[delta.index] += self._prompt_tokens(run, delta) + delta.tokens
                     if delta.end is not None:
                         reasons[delta.index] = self._finish(number, run, delta)
-                        if self.asked.echo and delta.end.prompt_logprobs:
-                            prompt = zip(run.prompt_tokens, delta.end.prompt_logprobs, strict=True)
-                            decode = self.service.tokenizer.decode  # no text for special ones
-                            own = [Token(i, decode([i]), False, p) for i, p in prompt]
-                            tokens[delta.index] = own + tokens[delta.index]
             for index in range(n):
                 choice = self._choice(number, index, texts[index], reasons[index])
                 if self.asked.logprobs is not None:
@@ -191,6 +190,14 @@ class CompletionAnswer:
         if isinstance(run.job.prompt, str):
             return run.job.prompt
         return self.service.tokenizer.decode(run.prompt_tokens)
+
+    def _prompt_tokens(self, run: Running, delta: Delta) -> list[Token]:
+        """Those of the prompt, from the delta that has their log-probabilities."""
+        if not delta.prompt_logprobs:
+            return []
+        decode = self.service.tokenizer.decode  # no text for special ones
+        prompt = zip(run.prompt_tokens, delta.prompt_logprobs, strict=True)
+        return [Token(i, decode([i]), False, p) for i, p in prompt]
 
     def _head(self) -> dict[str, Any]:
         return {

@@ -42,11 +42,15 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a request got: rows `[token, text, drafted, logprobs?, n_drafts?]`, and its end."""
+    """What a request got: rows `[token, text, drafted, logprobs?, n_drafts?]`, and its end.
+
+    `prompt`: before all of them, by itself, log-probabilities of the prompt where asked for.
+    """
 
     index: int
     rows: list[list[Any]]
     end: dict[str, Any] | None
+    prompt: list[list[Any] | None] | None = None
 
 
 class EngineGone(Exception):
@@ -309,6 +313,10 @@ class Engine:
     def _hear(self, message: dict[str, Any]) -> None:
         self._heard_at = time.monotonic()
         match message["op"]:
+            case "prompt":
+                if (stream := self._streams.get(message["id"])) is not None:
+                    batch = Batch(stream.index, [], None, message["logprobs"])
+                    stream.mailbox.put(batch)
             case "tokens":
                 for name, rows, end in message["batches"]:
                     stream = self._streams.get(name)

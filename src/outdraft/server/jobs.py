@@ -76,7 +76,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a completion cost. `timings` has llama.cpp's names."""
+    """What a completion cost. `timings` has llama.cpp's names.
+
+    `n_reasoning` of its tokens were reasoning: a front that splits the answer fills it in.
+    """
 
     n_prompt: int
     n_cached: int
@@ -84,6 +87,7 @@ class Usage:
     n_accepted: int
     n_rejected: int
     timings: dict[str, float]
+    n_reasoning: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         """Several completions of one prompt: the prompt counts once."""
@@ -92,6 +96,7 @@ class Usage:
             n_completion=self.n_completion + other.n_completion,
             n_accepted=self.n_accepted + other.n_accepted,
             n_rejected=self.n_rejected + other.n_rejected,
+            n_reasoning=self.n_reasoning + other.n_reasoning,
         )
 
 
@@ -102,18 +107,21 @@ class End:
     reason: FinishReason
     usage: Usage
     error: str | None = None
-    prompt_logprobs: tuple[Logprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of completion number `index`. The last one of each has an `end`."""
+    """What is new of completion number `index`. The last one of each has an `end`.
+
+    `prompt_logprobs`: only where asked for, and then alone in the first one.
+    """
 
     index: int
     text: str
     tokens: list[Token]
     n_drafts: int | None = None
     end: End | None = None
+    prompt_logprobs: tuple[Logprobs | None, ...] = ()
 
 
 class Running:
@@ -157,6 +165,9 @@ class Running:
             self._jobs.leave(self)
 
     def _deltas(self, batch: Batch) -> list[Delta]:
+        if batch.prompt is not None:
+            found = tuple(_logprobs(row) for row in batch.prompt)
+            return [Delta(batch.index, "", [], prompt_logprobs=found)]
         tokens, text, deltas = [], "", []
         n_drafts: int | None = None
         for row in batch.rows:
@@ -369,5 +380,4 @@ def _end(end: dict[str, Any]) -> End:
         timings=timings,
     )
     error = None if end["error"] is None else public(end["error"])
-    prompt = tuple(_logprobs(row) for row in end.get("prompt_logprobs", ()))
-    return End(FinishReason(end["reason"]), usage, error, prompt)
+    return End(FinishReason(end["reason"]), usage, error)

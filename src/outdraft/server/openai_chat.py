@@ -6,6 +6,7 @@ Here: its own fields, its chunks and its answer. Not here: the fields of samplin
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -174,12 +175,8 @@ class ChatAnswer:
         yield DONE
 
     def _delta_events(self, delta: Delta) -> list[bytes]:
-        reader = self.readers[delta.index]
-        parts = reader.push(delta.text)
-        reason = None
-        if delta.end is not None:
-            parts += reader.finish()
-            reason = self._finish(delta)
+        parts = self.readers[delta.index].read(delta)
+        reason = None if delta.end is None else self._finish(delta)
         shown = [part for part in parts if part.kind != "broken"]
         chunks = [self._chunk(delta.index, part_json(part)) for part in shown]
         if not chunks and (delta.tokens or reason is None):
@@ -206,11 +203,9 @@ class ChatAnswer:
         reasons = [""] * n
         async for deltas in self.running:
             for delta in deltas:
-                reader = self.readers[delta.index]
-                parts[delta.index] += reader.push(delta.text)
+                parts[delta.index] += self.readers[delta.index].read(delta)
                 tokens[delta.index] += delta.tokens
                 if delta.end is not None:
-                    parts[delta.index] += reader.finish()
                     reasons[delta.index] = self._finish(delta)
         choices = []
         for index in range(n):
@@ -235,9 +230,10 @@ class ChatAnswer:
         assert delta.end is not None
         grammar = bool(self.running.job.params.grammar_options)
         reason = finish(self.service, self.request, delta.end, grammar=grammar)
-        usage = delta.end.usage
+        reader = self.readers[delta.index]
+        usage = replace(delta.end.usage, n_reasoning=reader.n_reasoning)
         self.usage = usage if self.usage is None else self.usage + usage
-        called = self.readers[delta.index].n_calls > 0
+        called = reader.n_calls > 0
         return "tool_calls" if called and reason == "stop" else reason
 
     def _head(self, kind: str = "chat.completion.chunk") -> dict[str, Any]:

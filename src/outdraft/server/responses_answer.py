@@ -194,15 +194,12 @@ class ResponsesAnswer:
         }
 
     def _usage(self, usage: Usage) -> dict[str, Any]:
-        thoughts = [i["content"][0]["text"] for i in self.output if i["type"] == "reasoning"]
-        encode = self.service.tokenizer.encode
-        n_thought = sum(len(encode(text, add_special_tokens=False)) for text in thoughts)
         return {
             "input_tokens": usage.n_prompt,
             "input_tokens_details": {"cached_tokens": usage.n_cached, "cache_write_tokens": 0},
             "output_tokens": usage.n_completion,
             "output_tokens_details": {
-                "reasoning_tokens": n_thought,
+                "reasoning_tokens": self.reader.n_reasoning,
                 "accepted_prediction_tokens": usage.n_accepted,
                 "rejected_prediction_tokens": usage.n_rejected,
             },

@@ -21,6 +21,7 @@ from outdraft.server.app import make_app
 from outdraft.server.engine import Engine
 from outdraft.server.guard import LOOPBACK, Access
 from outdraft.server.limits import Limits
+from outdraft.server.listen import BACKLOG, listening
 from outdraft.server.protocol import limited_protocol
 from outdraft.server.service import Service
 from outdraft.weights.find import resolve_model
@@ -139,8 +140,6 @@ async def _serve(
     server = Server(
         uvicorn.Config(
             app,
-            host=config.host,
-            port=config.port,
             http=limited_protocol(config.limits),
             ws="none",
             lifespan="off",
@@ -150,13 +149,14 @@ async def _serve(
             server_header=False,
             date_header=False,
             timeout_keep_alive=30,
-            backlog=1024,
+            backlog=BACKLOG,
         ),
         drain,
     )
+    sockets = listening(config.host, config.port)
     engine.start()
     service.jobs.renderer.start()
-    serving = asyncio.create_task(_listen(server, config))
+    serving = asyncio.create_task(server.serve(sockets))
     loading = asyncio.create_task(engine.loaded())
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
@@ -165,7 +165,8 @@ async def _serve(
             return
         await loading
         remark(loaded_line(service))
-        remark(f"listening on http://{config.host}:{config.port}")
+        port = sockets[0].getsockname()[1]
+        remark(f"listening on http://{config.host}:{port}")
         await serving
     finally:
         server.should_exit = True
@@ -175,15 +176,6 @@ async def _serve(
         loading.cancel()
         await engine.stop()
         await service.jobs.renderer.close()
-
-
-async def _listen(server: Server, config: ServerConfig) -> None:
-    try:
-        await server.serve()
-    except SystemExit:  # what uvicorn says when the address is taken
-        raise OutdraftError(
-            f"{config.host}:{config.port} cannot be listened on", "choose another --port"
-        ) from None
 
 
 async def _drain(service: Service, drain_s: float) -> None:

@@ -155,6 +155,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.n_prompt + usage.n_completion,
         "prompt_tokens_details": {"cached_tokens": usage.n_cached},
         "completion_tokens_details": {
+            "reasoning_tokens": usage.n_reasoning,
             "accepted_prediction_tokens": usage.n_accepted,
             "rejected_prediction_tokens": usage.n_rejected,
         },

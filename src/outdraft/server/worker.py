@@ -5,8 +5,9 @@ requests, those with a grammar in a pool, so that a slow grammar holds up neithe
 requests. Not here: the other end (engine.py), and what is counted for people (gauges.py).
 
 Commands: `load` (first), `add`, `abort`, `embed`, `stop`. Reports: `loaded` or `refused` for the
-load; `accepted` or `refused` for a request, then `tokens` with what all requests got since the last
-such message; `embedding`; `stats` twice a second while there is work, and once when it ends.
+load; `accepted` or `refused` for a request, then `prompt` with its log-probabilities,
+if asked for, and `tokens` with what all requests got since the last such message; `embedding`;
+`stats` twice a second while there is work, and once when it ends.
 """
 
 import gc
@@ -55,6 +56,7 @@ class _Live:
     detail: bool
     n_drafted: int = 0
     began: bool = False
+    prompt_told: bool = False
 
 
 @dataclass(slots=True)
@@ -265,6 +267,7 @@ class Worker:
         batches = []
         for sequence_id, rows in self.held.items():
             live = self.live[sequence_id]
+            self._tell_prompt(live)
             end = None
             if live.sequence.finish_reason is not None:
                 end = self._end(live)
@@ -272,6 +275,18 @@ class Worker:
             batches.append([live.name, rows, end])
         self.held, self.urgent = {}, False
         self.send({"op": "tokens", "batches": batches})
+
+    def _tell_prompt(self, live: _Live) -> None:
+        """Log-probabilities of the prompt go before its first token, once."""
+        found = live.sequence.prompt_logprobs
+        if (
+            found
+            and not live.prompt_told
+            and len(found) == len(live.sequence.request.prompt_tokens)
+        ):
+            live.prompt_told = True
+            rows = [_logprobs(one) for one in found]
+            self.send({"op": "prompt", "id": live.name, "logprobs": rows})
 
     def _end(self, live: _Live) -> dict[str, Any]:
         sequence = live.sequence
@@ -284,8 +299,6 @@ class Worker:
             "n_prompt": len(done.prompt_tokens),
             "n_cached": done.cached_tokens,
         }
-        if sequence.prompt_logprobs:
-            end["prompt_logprobs"] = [_logprobs(lp) for lp in sequence.prompt_logprobs]
         return end
 
     def report(self, now: float) -> None:

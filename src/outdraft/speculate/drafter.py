@@ -93,6 +93,21 @@ class Draft:
     left_K: Tensor | None = None
 
 
+def confident(draft: Draft, lengths: Sequence[int], p_min: float) -> list[int]:
+    """Of each sequence how many drafts come before the first of less confidence than `p_min`.
+
+    All, where the drafter does not know, and where drafts were drawn: those must not be left out
+    for what they are, or the output would not have the target's distribution.
+    """
+    if draft.confidence_BK is None:
+        return list(lengths)
+    unsure_BK = (draft.confidence_BK < p_min).tolist()  # False of NaN
+    return [
+        n if probs is not None else next((i for i in range(n) if unsure_K[i]), n)
+        for n, probs, unsure_K in zip(lengths, draft.probs, unsure_BK, strict=True)
+    ]
+
+
 def no_drafts(n: int, k: int) -> Draft:
     """Of n sequences, each of length 0."""
     return Draft(torch.zeros(n, k, dtype=torch.int64), [None] * n, [0] * n)

@@ -1,7 +1,7 @@
 """From what a user calls a model to its directory, and from a target to its assistant.
 
 Here: the packaged demo, paths, the local Hugging Face cache, the search for an assistant. Not here:
-downloading (never done), and whether a pair really fits (speculate/ checks every dimension).
+downloading (hub.py), and whether a pair really fits (speculate/ checks every dimension).
 """
 
 import os
@@ -12,19 +12,19 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+from outdraft.config import hub_cache as default_hub_cache
 from outdraft.errors import ModelError
 from outdraft.weights.config import CONFIG_NAME, model_directories, read_config
 
 DEMO_NAME = "demo"
+ASSISTANT_NAME = "assistant"
 DEMO_DIRECTORY = Path(__file__).parent.parent / "models_data" / "demo"
-HUB_CACHE = Path("~/.cache/huggingface/hub")  # Hugging Face's default, where `hf download` puts it
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_PREFIX = "models--"
 _SNAPSHOTS = "snapshots"
 _ASSISTANT_TYPE_SUFFIX = "_assistant"
-_ASSISTANT_NAME = "assistant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ class _Candidate:
     similarity: float  # of its name to the target's, 0 to 1
 
 
-def resolve_model(name: str, *, hub_cache: Path = HUB_CACHE) -> Path:
+def resolve_model(name: str, *, hub_cache: Path | None = None) -> Path:
     """The directory that `name` stands for: "demo", a path, or a cached Hugging Face id "org/name".
 
-    A local directory called demo is reached as "./demo".
+    A local directory called demo is reached as "./demo", another revision as "org/name@revision".
 
     Raises:
         ModelError: nothing of that name is on this machine.
@@ -56,21 +56,23 @@ def resolve_model(name: str, *, hub_cache: Path = HUB_CACHE) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if not _HUB_ID.fullmatch(name):
+    if not is_id(name):
         found = ", ".join(str(directory) for directory in model_directories(path.parent)[:4])
         hint = f"did you mean one of these: {found}" if found else "check the path"
         raise ModelError(f"there is no model at {name}", hint)
-    snapshot = _cached_snapshot(hub_cache.expanduser() / (_HUB_PREFIX + name.replace("/", "--")))
+    repository, revision = split_id(name)
+    cache = default_hub_cache() if hub_cache is None else hub_cache
+    snapshot = _cached_snapshot(hub_directory(cache, repository), revision)
     if snapshot is None:
         raise ModelError(
             f"{name} is neither a directory nor in the Hugging Face cache of this machine",
-            f"download it with: hf download {name}",
+            f"download it with: outdraft pull {name}",
         )
     return snapshot
 
 
 def find_assistant(
-    target: Path, explicit: str | None = None, *, hub_cache: Path = HUB_CACHE
+    target: Path, explicit: str | None = None, *, hub_cache: Path | None = None
 ) -> AssistantChoice:
     """The assistant to use with the target in directory `target`.
 
@@ -103,15 +105,44 @@ def find_assistant(
     return AssistantChoice(best.path, "; ".join([reason, *passed_over]))
 
 
-def _cached_snapshot(repository: Path) -> Path | None:
-    """The snapshot that refs/main names, or the only one there is."""
-    try:
-        commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        commit = ""
+def is_id(name: str) -> bool:
+    """Whether a name is spelled like an id of the Hub, with or without a revision."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def split_id(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of an id.
+
+    Raises:
+        ModelError: it is not spelled like one.
+    """
+    if not is_id(name):
+        raise ModelError(f"{name} is not an id of the Hub", "such as google/gemma-4-E2B-it")
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def hub_directory(cache: Path, repository: str) -> Path:
+    """Where the Hub's cache has a repository."""
+    return cache.expanduser() / (_HUB_PREFIX + repository.replace("/", "--"))
+
+
+def _cached_snapshot(repository: Path, revision: str | None = None) -> Path | None:
+    """The snapshot of a revision; without one that of refs/main, or the only one there is."""
     snapshots = repository / _SNAPSHOTS
+    if revision is not None and _COMMIT.fullmatch(revision):
+        commit = revision
+    else:
+        try:
+            commit = (
+                (repository / "refs" / (revision or "main")).read_text(encoding="ascii").strip()
+            )
+        except (OSError, ValueError):
+            commit = ""
     if _COMMIT.fullmatch(commit) and (snapshots / commit).is_dir():
         return snapshots / commit
+    if revision is not None:
+        return None
     there = [path for path in snapshots.glob("*") if path.is_dir()]
     return there[0] if len(there) == 1 else None
 
@@ -119,16 +150,16 @@ def _cached_snapshot(repository: Path) -> Path | None:
 def _candidates(target: Path) -> Iterator[_Candidate]:
     """Directories that look like an assistant by name or by their config's model_type."""
     for path in model_directories(target):
-        if path.name == _ASSISTANT_NAME or _is_assistant(path):
-            rank = 0 if path.name == _ASSISTANT_NAME else 1
+        if path.name == ASSISTANT_NAME or _is_assistant(path):
+            rank = 0 if path.name == ASSISTANT_NAME else 1
             yield _candidate(target.name, path, "inside the target", rank)
     repository = _hub_repository(target)
     if repository is not None:
-        snapshot = _cached_snapshot(repository.with_name(f"{repository.name}-{_ASSISTANT_NAME}"))
+        snapshot = _cached_snapshot(repository.with_name(f"{repository.name}-{ASSISTANT_NAME}"))
         if snapshot is not None and (snapshot / CONFIG_NAME).is_file():
             yield _candidate(target.name, snapshot, "in the Hugging Face cache", 2)
         return
-    ranks = {f"{target.name}-{_ASSISTANT_NAME}": 2, _ASSISTANT_NAME: 3}
+    ranks = {f"{target.name}-{ASSISTANT_NAME}": 2, ASSISTANT_NAME: 3}
     for path in model_directories(target.parent):
         if path != target and (path.name in ranks or _is_assistant(path)):
             yield _candidate(target.name, path, "beside the target", ranks.get(path.name, 4))
@@ -149,7 +180,7 @@ def _hub_repository(target: Path) -> Path | None:
 def _nothing_found(target: Path) -> str:
     if _hub_repository(target) is None:
         return f"none found: looked inside {target} and beside it"
-    return f"none found: looked inside {target} and for the same id with -{_ASSISTANT_NAME}"
+    return f"none found: looked inside {target} and for the same id with -{ASSISTANT_NAME}"
 
 
 def _is_assistant(directory: Path) -> bool:

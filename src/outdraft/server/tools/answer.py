@@ -36,6 +36,11 @@ class AnswerSplit:
         """Whole calls so far."""
         return self._calls.n_calls if self._calls else 0
 
+    @property
+    def reasoning_blocks(self) -> list[tuple[int, int | None]]:
+        """Where reasoning begins and ends in the text, without its markers; None: not yet."""
+        return self._reasoning.blocks if self._reasoning else []
+
     def push(self, text: str) -> list[Delta]:
         """The deltas that became certain, neighbours of a kind joined."""
         first: list[Delta] = self._reasoning.push(text) if self._reasoning else [Content(text)]

@@ -53,6 +53,9 @@ class ReasoningSplit:
         self._lead = ""  # spaces in front of all else, which go where a block follows
         self._trim = is_open  # drop line breaks until something else comes
         self._breaks = ""  # held back at what may be the end of the block
+        self._n_chars = 0  # of the answer, markers included, as far as it is certain
+        self.blocks: list[tuple[int, int | None]] = [(0, None)] if is_open else []
+        """Where each begins, behind its opening, and ends, before its closing, in characters."""
 
     @property
     def inside(self) -> bool:
@@ -65,15 +68,20 @@ class ReasoningSplit:
         while text:
             finder = self._closing if self._inside else self._opening
             before, marker, text = finder.push(text)
+            self._n_chars += len(before)
             if before:
                 out.append(self._inner(before) if self._inside else self._outer(before))
             if marker is None:
                 break
+            begin = self._n_chars
+            self._n_chars += len(marker)
             if self._inside:
                 self._inside, self._breaks, self._header, self._trim = False, "", "", True
+                self.blocks[-1] = (self.blocks[-1][0], begin)
             elif self._form.anywhere or self._at_start:
                 self._inside, self._trim, self._lead = True, True, ""
                 self._header = self._form.header
+                self.blocks.append((self._n_chars, None))
             else:
                 out.append(self._outer(marker))
         return [delta for delta in out if delta.text]  # type: ignore[union-attr]
