@@ -22,7 +22,7 @@ INTRODUCTION = """# Command line
 
 Written by `make docs` from the commands themselves; do not edit.
 
-`MODEL` is `demo` (built in), a model directory, or a Hugging Face id that has been downloaded (`pull`);
+`MODEL` is `demo` (built in), a model directory, or a Hugging Face id that was downloaded (`pull`);
 `-hf ID` in its place downloads one first. See [models.md](models.md).
 Results go to stdout, remarks and errors to stderr. Exit codes: 0 done, 1 something unforeseen (or
 `inspect` found a problem), 2 wrong use or a model that cannot be used, 130 Ctrl-C.
