@@ -163,7 +163,7 @@ class LengthController:
         rest_s: float | None = None,
     ) -> None:
         """Seconds of one decoding step of `n_rows`; `n_drafting` sequences drafted `depth` deep."""
-        if rest_s is not None:
+        if rest_s is not None and self.costs.known:
             expected_s = self.costs.speed * self.costs.at(n_sequences, n_rows, n_drafting, depth)
             self._learn_bias(n_sequences, depth, (pass_s + draft_s + rest_s) / expected_s)
         self.costs.observe_pass(n_rows, pass_s, n_sequences)
