@@ -326,6 +326,14 @@ def test_options_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     check_combinations(llm, range(12))
 
 
+def test_a_request_that_fails_keeps_what_came_before(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options that leave no token in the middle of a block: drafts before that stay."""
+    monkeypatch.setattr(llm.runner, "drafter", llm.runner.drafter)
+    check_combinations(llm, range(120, 128))
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("part", range(1, 9))
 def test_many_options_together(llm: LLM, part: int, monkeypatch: pytest.MonkeyPatch) -> None:

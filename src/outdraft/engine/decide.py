@@ -141,7 +141,7 @@ def decide(sequence: Sequence, block: Block, logits_RV: Tensor, best: list[int])
         state.mark()
     try:
         if block.probs_KV is None:
-            return verify_own(block.tokens, rows.draw)
+            return _own(block, rows)
         return _drawn(sequence, block, rows)
     finally:
         if state is not None:
@@ -155,9 +155,11 @@ class _Rows:
     sequence: Sequence
     block: Block
     logits_RV: Tensor
+    n_stayed: int = 0
 
     def draw(self, i: int) -> int:
         """The target's own token of row i; called in order, when drafts 0 .. i - 1 have stayed."""
+        self.n_stayed = i
         sequence, params, state = self.sequence, self.sequence.request.params, self.sequence.sampler
         if state is not None and i > 0:
             state.push(self.block.tokens[i - 1])
@@ -183,6 +185,17 @@ class _Rows:
             return point_V
         row_V = self.logits_RV[i] if state is None else state.process(self.logits_RV[i])
         return distribution(row_V[None], params)[0]
+
+
+def _own(block: Block, rows: _Rows) -> Verdict:
+    """Drafts that are the target's own tokens. If it has none behind some of them, those stay: the
+    next step fails without them, as plain decoding does."""
+    try:
+        return verify_own(block.tokens, rows.draw)
+    except OutdraftError:
+        if rows.n_stayed == 0:
+            raise
+        return Verdict(rows.n_stayed - 1, block.tokens[rows.n_stayed - 1])
 
 
 def _drawn(sequence: Sequence, block: Block, rows: _Rows) -> Verdict:
