@@ -11,14 +11,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.models import gemma4, qwen3_5
-from outdraft.models.gemma4_config import Gemma4Config
-from outdraft.models.qwen3_5_config import Qwen35Config
-from outdraft.models.registry import open_weights
+from outdraft.models.registry import GEMMA4, QWEN35, Family, open_weights
 from outdraft.text.tokenizer import Tokenizer
 from outdraft.train.checkpoint import CheckpointStore, fingerprint
 from outdraft.train.export import export_like
@@ -64,38 +62,30 @@ def show(state: Progress) -> None:
         print(f"step {state.step}/{state.n_steps}  loss {state.loss:.3f}  {rate}", flush=True)
 
 
-def gemma(source: Path, windows: Windows, dtype: torch.dtype) -> Pretraining:
-    """Next-token prediction with a Gemma 4."""
+def weights_of(source: Path, family: Family) -> tuple[Any, dict[str, Tensor]]:
+    """A model's config and its weights in fp32, to be trained."""
     raw = read_config(source)
-    config = Gemma4Config.from_hf(raw)
+    config = family.read_config(raw)
     stored, _, _ = open_weights(
         Checkpoint.open(source),
         raw,
-        gemma4.expected_tensors(config),
-        gemma4.ignore_rules(config),
-        prefixes=gemma4.PREFIXES,
+        family.expected_tensors(config),
+        family.ignore_rules(config),
+        prefixes=family.prefixes,
         dtype=torch.float32,
     )
-    weights = make_trainable(dict(stored), torch.device("cpu"))
-    return Pretraining(config, weights, windows, BATCH, dtype)
+    return config, make_trainable(dict(stored), torch.device("cpu"))
+
+
+def gemma(source: Path, windows: Windows, dtype: torch.dtype) -> Pretraining:
+    """Next-token prediction with a Gemma 4."""
+    return Pretraining(*weights_of(source, GEMMA4), windows, BATCH, dtype)
 
 
 def hybrid(source: Path, windows: Windows, dtype: torch.dtype) -> HybridPretraining:
     """The same with a hybrid, without its head."""
-    raw = read_config(source)
-    config = Qwen35Config.from_hf(raw)
-    stored, _, _ = open_weights(
-        Checkpoint.open(source),
-        raw,
-        qwen3_5.expected_tensors(config),
-        qwen3_5.ignore_rules(config),
-        prefixes=qwen3_5.PREFIXES,
-        dtype=torch.float32,
-    )
-    leaves = make_trainable(dict(stored), torch.device("cpu"))
-    return HybridPretraining(
-        config, leaves, windows, BATCH, MtpOptions(depths=0, repeat=False), dtype
-    )
+    headless = MtpOptions(depths=0, repeat=False)
+    return HybridPretraining(*weights_of(source, QWEN35), windows, BATCH, headless, dtype)
 
 
 def write_hybrid(out: Path, source: Path, weights: Mapping[str, Tensor]) -> None:
